@@ -1,0 +1,12 @@
+"""Graph → graph lowerings: one file a pass, each leaves the graph's outputs equal.
+
+| pass            | does                                                                       |
+|-----------------|----------------------------------------------------------------------------|
+| `compute_dtype` | sets the dtype in which the graph computes; weights keep their stored dtype |
+| `attention`     | RoPE + cache write + attention → one GroupQueryAttention on shared buffers  |
+| `flatten`       | tokens of all rows on one axis, so that every linear layer is a 2-D product |
+| `linear`        | Transpose + MatMul + Add → Gemm on the stored layout; q, k and v packed     |
+| `norm`          | residual Add + RMSNormalization → SkipSimplifiedLayerNormalization          |
+| `activation`    | x · sigmoid(x) → QuickGelu with alpha 1                                     |
+| `lower_cpu`     | all of these, in the order that ONNX Runtime's CPU kernels want             |
+"""

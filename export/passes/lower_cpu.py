@@ -1,0 +1,37 @@
+"""The lowering for ONNX Runtime's CPU kernels."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qwen_rt.export.passes.activation import fuse_silu
+from qwen_rt.export.passes.attention import fuse_group_query_attention
+from qwen_rt.export.passes.compute_dtype import set_compute_dtype
+from qwen_rt.export.passes.flatten import flatten_tokens
+from qwen_rt.export.passes.linear import fuse_linear, pack_qkv
+from qwen_rt.export.passes.norm import fuse_norm
+from qwen_rt.spec import ModelSpec
+
+__all__ = ["lower_cpu"]
+
+
+def lower_cpu(model: ir.Model, spec: ModelSpec, max_length: int) -> ir.Model:
+    """Lower a portable graph for the CPU: float32 compute (ONNX Runtime has no bf16 product there), 12 nodes a layer.
+
+    Args:
+        model: A portable graph of any dtype; changed in place.
+        spec: The model's hyperparameters.
+        max_length: Positions that the bundle can reach.
+
+    Returns:
+        The same object, with the inputs and outputs of `qwen_rt.tensors`; past and present must be bound to the same
+        memory. With several rows, S > 1 needs every `write_indices` to be 0 (a limit of the CPU GroupQueryAttention);
+        chunked prefill runs row by row.
+    """
+    set_compute_dtype(model, "float32")
+    fuse_group_query_attention(model, spec, max_length)
+    flatten_tokens(model)
+    fuse_linear(model)
+    pack_qkv(model)
+    fuse_norm(model)
+    return fuse_silu(model)
