@@ -1,0 +1,383 @@
+"""The manifest of a bundle: what is in the folder, what it needs, and how to tell that it is whole.
+
+    BUNDLE/
+      manifest.json             this file, written last: a folder without it is no bundle
+      graph/rank0.onnx          the lowered graph; weights are references by file name
+      weights/*.safetensors     only what had to change, or everything with --self-contained
+      tokenizer.json …          the checkpoint's text files
+      config.json, generation_config.json
+
+A portable graph is the same folder with target `portable`. Weights that did not change stay in the checkpoint; the
+manifest says where, how large and with which hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from qwen_rt.errors import BundleError, CheckpointError
+from qwen_rt.spec import ModelSpec
+from qwen_rt.strict_json import parse_object, show
+
+__all__ = [
+    "FORMAT_VERSION",
+    "GRAPH_FILE",
+    "MANIFEST_FILE",
+    "PRECISIONS",
+    "TARGETS",
+    "WEIGHTS_FOLDER",
+    "Bundle",
+    "CheckpointLink",
+    "FileEntry",
+    "Manifest",
+    "ShardEntry",
+    "file_sha256",
+    "header_sha256",
+]
+
+FORMAT = "qwen-rt-bundle"
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+GRAPH_FILE = "graph/rank0.onnx"
+WEIGHTS_FOLDER = "weights"
+
+TARGETS = ("cpu", "portable")
+PRECISIONS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+"""Dtype in which the weights are stored → its safetensors name."""
+
+_MAX_MANIFEST_BYTES = 64 << 20
+_HASHED_AT_LOAD_BYTES = 1 << 30
+_BLOCK_BYTES = 8 << 20
+_REBUILD = "build the bundle again: qwen-rt build CHECKPOINT -o BUNDLE"
+
+Check = Literal["auto", "full", "size"]
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of the bundle: its size in bytes and the hex SHA-256 of its content."""
+
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """A checkpoint shard that the graph refers to.
+
+    Attributes:
+        path: Absolute path at build time.
+        nbytes: Size in bytes.
+        header_sha256: Hash of its safetensors header.
+        sha256: Hash of the whole file; None in a portable graph, which is exported without reading any weight.
+    """
+
+    path: str
+    nbytes: int
+    header_sha256: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class CheckpointLink:
+    """Where the bundle came from, and the shards that it still needs.
+
+    Attributes:
+        path: Absolute path of the checkpoint folder at build time.
+        fingerprint: `Checkpoint.fingerprint()`.
+        shards: Shard file name → entry; empty for a self-contained bundle.
+    """
+
+    path: str
+    fingerprint: str
+    shards: Mapping[str, ShardEntry] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a runtime has to know before it opens the graph.
+
+    Attributes:
+        target: `cpu`, or `portable` for a graph that is not lowered.
+        precision: `fp32`, `bf16` or `fp16`: how the weights are stored.
+        compute_dtype: Dtype of the activations (`float32`, …).
+        kv_dtype: Dtype of the KV cache.
+        max_length: Positions that the graph can reach.
+        tensor_parallel: Ranks; there is one graph for each.
+        model: Hyperparameters.
+        checkpoint: Origin of the weights.
+        files: Relative path → entry, of every file but the manifest.
+        tools: Package → version that took part in the build.
+    """
+
+    target: str
+    precision: str
+    compute_dtype: str
+    kv_dtype: str
+    max_length: int
+    tensor_parallel: int
+    model: ModelSpec
+    checkpoint: CheckpointLink
+    files: Mapping[str, FileEntry]
+    tools: Mapping[str, str]
+
+    def to_json(self) -> bytes:
+        """Return the manifest as JSON with sorted keys: equal builds give equal bytes."""
+        document = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "target": self.target,
+            "precision": self.precision,
+            "compute_dtype": self.compute_dtype,
+            "kv_dtype": self.kv_dtype,
+            "max_length": self.max_length,
+            "tensor_parallel": self.tensor_parallel,
+            "model": self.model.to_dict(),
+            "checkpoint": {
+                "path": self.checkpoint.path,
+                "fingerprint": self.checkpoint.fingerprint,
+                "shards": {name: vars(shard) for name, shard in self.checkpoint.shards.items()},
+            },
+            "files": {name: vars(entry) for name, entry in self.files.items()},
+            "tools": dict(self.tools),
+        }
+        return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, source: str = MANIFEST_FILE) -> Manifest:
+        """Parse and check a manifest that anyone may have written.
+
+        Raises:
+            BundleError: It is no manifest, of another format version, or a field is missing or malformed.
+        """
+        try:
+            document = parse_object(data, source, _REBUILD)
+        except CheckpointError as error:
+            raise BundleError(error.what, error.expected, error.fix) from None
+        if document.get("format") != FORMAT:
+            raise BundleError(f"{source}: format={show(document.get('format'))}", f'"{FORMAT}"', _REBUILD)
+        version = document.get("format_version")
+        if type(version) is not int or version < 1:
+            raise BundleError(f"{source}: format_version={show(version)}", "a positive integer", _REBUILD)
+        if version > FORMAT_VERSION:
+            raise BundleError(
+                f"{source}: format_version={show(version)}",
+                f"{FORMAT_VERSION} or older",
+                "upgrade qwen-rt (pip install -U qwen-rt), or build the bundle again with this version",
+            )
+        take = _Fields(document, source)
+        checkpoint = _Fields(take.object("checkpoint"), f"{source}: checkpoint")
+        try:
+            model = ModelSpec.from_dict(take.object("model"))
+        except Exception as error:
+            raise BundleError(f"{source}: {error}", fix=_REBUILD) from None
+        return cls(
+            target=take.choice("target", TARGETS),
+            precision=take.choice("precision", tuple(PRECISIONS)),
+            compute_dtype=take.choice("compute_dtype", ("float32", "bfloat16", "float16")),
+            kv_dtype=take.choice("kv_dtype", ("float32", "bfloat16", "float16")),
+            max_length=take.integer("max_length", 1),
+            tensor_parallel=take.integer("tensor_parallel", 1),
+            model=model,
+            checkpoint=CheckpointLink(
+                path=checkpoint.string("path"),
+                fingerprint=checkpoint.string("fingerprint"),
+                shards={
+                    _plain_name(name, source): _shard_entry(_Fields(entry, f"{source}: shard {name}"))
+                    for name, entry in checkpoint.objects("shards").items()
+                },
+            ),
+            files={
+                _inner_path(name, source): _file_entry(_Fields(entry, f"{source}: file {name}"))
+                for name, entry in take.objects("files").items()
+            },
+            tools={str(k): str(v) for k, v in take.object("tools").items()},
+        )
+
+
+class _Fields:
+    """Typed access to a JSON object whose every value may be wrong."""
+
+    def __init__(self, document: Mapping[str, Any], source: str) -> None:
+        self._document, self._source = document, source
+
+    def _fail(self, key: str, expected: str) -> BundleError:
+        found = show(self._document[key]) if key in self._document else "(missing)"
+        return BundleError(f"{self._source}: {key}={found}", expected, _REBUILD)
+
+    def string(self, key: str) -> str:
+        value = self._document.get(key)
+        if not isinstance(value, str) or not value or "\0" in value:
+            raise self._fail(key, "a non-empty string")
+        return value
+
+    def choice(self, key: str, choices: tuple[str, ...]) -> str:
+        value = self._document.get(key)
+        if not isinstance(value, str) or value not in choices:
+            raise self._fail(key, "one of " + ", ".join(choices))
+        return value
+
+    def integer(self, key: str, low: int) -> int:
+        value = self._document.get(key)
+        if type(value) is not int or not low <= value <= 2**62:
+            raise self._fail(key, f"an integer of at least {low}")
+        return value
+
+    def sha256(self, key: str) -> str:
+        value = self._document.get(key)
+        if not isinstance(value, str) or len(value) != 64 or any(c not in "0123456789abcdef" for c in value):
+            raise self._fail(key, "64 lower-case hex digits")
+        return value
+
+    def is_null(self, key: str) -> bool:
+        return key in self._document and self._document[key] is None
+
+    def object(self, key: str) -> dict[str, Any]:
+        value = self._document.get(key)
+        if not isinstance(value, dict):
+            raise self._fail(key, "an object")
+        return value
+
+    def objects(self, key: str) -> dict[str, dict[str, Any]]:
+        value = self.object(key)
+        for name, entry in value.items():
+            if not isinstance(entry, dict):
+                raise BundleError(f"{self._source}: {key}[{show(name)}]={show(entry)}", "an object", _REBUILD)
+        return value
+
+
+def _file_entry(take: _Fields) -> FileEntry:
+    return FileEntry(take.integer("nbytes", 0), take.sha256("sha256"))
+
+
+def _shard_entry(take: _Fields) -> ShardEntry:
+    whole = None if take.is_null("sha256") else take.sha256("sha256")
+    return ShardEntry(take.string("path"), take.integer("nbytes", 0), take.sha256("header_sha256"), whole)
+
+
+def _inner_path(name: str, source: str) -> str:
+    """A relative path that stays inside the bundle."""
+    parts = PurePosixPath(name).parts
+    if not name or "\0" in name or name.startswith("/") or ".." in parts or str(PurePosixPath(name)) != name:
+        raise BundleError(f"{source}: file name {show(name)}", "a relative path inside the bundle", _REBUILD)
+    return name
+
+
+def _plain_name(name: str, source: str) -> str:
+    """A file name without folders."""
+    if "/" in _inner_path(name, source):
+        raise BundleError(f"{source}: shard name {show(name)}", "a file name without folders", _REBUILD)
+    return name
+
+
+def file_sha256(path: Path, advance: Callable[[int], object] | None = None) -> str:
+    """Return the hex SHA-256 of a file, read in blocks of 8 MiB; `advance` is told the bytes of each block."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            if advance is not None:
+                advance(len(block))
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk whose files are all there; `open` is the way in.
+
+    Attributes:
+        path: The folder.
+        manifest: Its manifest.
+        weight_files: File name in the graph's references → real path of the file.
+    """
+
+    path: Path
+    manifest: Manifest
+    weight_files: Mapping[str, Path]
+
+    @classmethod
+    def open(cls, path: str | Path, check: Check = "auto", checkpoint: str | Path | None = None) -> Bundle:
+        """Open a bundle and check that it is what was built.
+
+        Args:
+            path: The folder.
+            check: `size` compares sizes; `full` also hashes every file; `auto` hashes everything if that is less
+                than 1 GiB in all, else everything but the weights, of which it compares the sizes and headers.
+            checkpoint: Folder to take the checkpoint's shards from, if they are no longer where the build saw them.
+
+        Raises:
+            BundleError: No bundle, another format, a file missing, truncated, or changed since the build.
+        """
+        folder = Path(path)
+        manifest = cls._read_manifest(folder)
+        weights: dict[str, Path] = {}
+        to_check: list[tuple[Path, FileEntry | ShardEntry, str]] = []
+        for name, entry in manifest.files.items():
+            file = folder / name
+            to_check.append((file, entry, f"{name} of {folder}"))
+            if name.startswith(f"{WEIGHTS_FOLDER}/"):
+                weights[Path(name).name] = file.resolve()
+        for name, shard in manifest.checkpoint.shards.items():
+            file = Path(checkpoint) / name if checkpoint is not None else Path(shard.path)
+            to_check.append((file, shard, f"checkpoint shard {file}"))
+            weights[name] = file.resolve()
+        total = sum(entry.nbytes for _, entry, _ in to_check)
+        for file, entry, what in to_check:
+            is_weight = file.resolve() in weights.values()
+            hashed = check == "full" or (check == "auto" and (total <= _HASHED_AT_LOAD_BYTES or not is_weight))
+            _check_file(file, entry, what, hashed)
+        if GRAPH_FILE not in manifest.files:
+            raise BundleError(f"{folder} lists no {GRAPH_FILE}", fix=_REBUILD)
+        return cls(folder, manifest, weights)
+
+    @staticmethod
+    def _read_manifest(folder: Path) -> Manifest:
+        if not folder.exists():
+            raise BundleError(f"{folder} does not exist", "a bundle folder", _REBUILD)
+        if not folder.is_dir():
+            raise BundleError(f"{folder} is a file", "a bundle folder", _REBUILD)
+        file = folder / MANIFEST_FILE
+        if not file.is_file():
+            if (folder / "config.json").is_file():
+                raise BundleError(
+                    f"{folder} is a checkpoint", "a bundle", f"build one: qwen-rt build {folder} -o BUNDLE"
+                )
+            raise BundleError(f"{folder} has no {MANIFEST_FILE}", "a bundle folder", _REBUILD)
+        if file.stat().st_size > _MAX_MANIFEST_BYTES:
+            raise BundleError(f"{file} has {file.stat().st_size} bytes", f"at most {_MAX_MANIFEST_BYTES}", _REBUILD)
+        return Manifest.from_json(file.read_bytes(), str(file))
+
+    @property
+    def graph_file(self) -> Path:
+        """The lowered graph."""
+        return self.path / GRAPH_FILE
+
+
+def _check_file(file: Path, entry: FileEntry | ShardEntry, what: str, hashed: bool) -> None:
+    if not file.is_file():
+        fix = _REBUILD if isinstance(entry, FileEntry) else "put it back, or pass --checkpoint FOLDER, or build again"
+        raise BundleError(f"{what} is missing", f"a file of {entry.nbytes} bytes", fix)
+    nbytes = file.stat().st_size
+    if nbytes != entry.nbytes:
+        raise BundleError(f"{what} has {nbytes} bytes", f"{entry.nbytes} bytes", _REBUILD)
+    if isinstance(entry, ShardEntry) and header_sha256(file) != entry.header_sha256:
+        raise BundleError(f"{what} has another header than at build time", entry.header_sha256[:12], _REBUILD)
+    if hashed and entry.sha256 is not None:
+        found = file_sha256(file)
+        if found != entry.sha256:
+            raise BundleError(
+                f"{what} was changed after the build: sha256 {found[:12]}...", f"{entry.sha256[:12]}...", _REBUILD
+            )
+
+
+def header_sha256(file: Path) -> str:
+    """Return the hex SHA-256 of a safetensors file's length field and header."""
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = min(int.from_bytes(prefix, "little"), 100_000_000)
+        return hashlib.sha256(prefix + stream.read(length)).hexdigest()

@@ -1,0 +1,282 @@
+"""Write a portable graph or a bundle: staged beside its final place, hashed, resumable, shown by one rename."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from qwen_rt._version import __version__
+from qwen_rt.bundle import (
+    GRAPH_FILE,
+    MANIFEST_FILE,
+    PRECISIONS,
+    TARGETS,
+    WEIGHTS_FOLDER,
+    CheckpointLink,
+    FileEntry,
+    Manifest,
+    ShardEntry,
+    file_sha256,
+)
+from qwen_rt.checkpoint import Checkpoint
+from qwen_rt.errors import UsageError
+from qwen_rt.export.passes.lower_cpu import lower_cpu
+from qwen_rt.export.portable import WeightLocation, checkpoint_locations, portable_graph
+from qwen_rt.export.weights import PlannedFile, copy_file, is_whole, plan_weight_files, write_weight_file
+from qwen_rt.progress import progress
+from qwen_rt.safetensors_header import read_header
+from qwen_rt.storage import StagedDirectory, atomic_write_bytes, require_free_space
+
+__all__ = ["BuildOptions", "build"]
+
+TEXT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "LICENSE",
+)
+"""Files of a checkpoint that travel in the bundle where they exist."""
+
+_JOURNAL = ".journal.json"
+_TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript")
+_PRECISION_OF = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What to build.
+
+    Attributes:
+        target: `cpu`, or `portable` for the graph before lowering.
+        precision: How weights are stored: `fp32`, `bf16`, `fp16`, or `auto` for the checkpoint's own dtype.
+        dtype: Compute dtype of a portable graph: `float32`, `bfloat16`, `float16`, or `auto` for the checkpoint's.
+            The CPU target computes in float32.
+        max_length: Positions that the bundle can reach; None for the model's context length.
+        self_contained: Copy the weights into the folder instead of referring to the checkpoint.
+        overwrite: Replace an existing bundle.
+        quiet: No progress on stderr.
+    """
+
+    target: str = "cpu"
+    precision: str = "auto"
+    dtype: str = "auto"
+    max_length: int | None = None
+    self_contained: bool = False
+    overwrite: bool = False
+    quiet: bool = False
+
+
+def build(source: str | Path, out: str | Path, options: BuildOptions | None = None) -> Manifest:
+    """Build a bundle (or portable graph) from a checkpoint.
+
+    Args:
+        source: Checkpoint folder, or `nano` for the one that ships with this package.
+        out: Folder to make. Until it is whole it is not there; a killed build resumes when run again.
+        options: What to build.
+
+    Returns:
+        The manifest that was written.
+
+    Raises:
+        UsageError: An option that does not fit the model.
+        CheckpointError, UnsupportedModelError: The checkpoint cannot be read or run.
+        StorageError: The folder cannot be written.
+    """
+    options = options or BuildOptions()
+    checkpoint = Checkpoint.open(source)
+    settings = _settle(checkpoint, options)
+    with StagedDirectory(Path(out), overwrite=options.overwrite) as stage:
+        job = _Job(checkpoint, settings, stage.path)
+        manifest = job.run()
+        stage.commit()
+    return manifest
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Options with every default replaced by its value."""
+
+    target: str
+    precision: str
+    dtype: str
+    max_length: int
+    self_contained: bool
+    quiet: bool
+
+
+def _settle(checkpoint: Checkpoint, options: BuildOptions) -> _Settings:
+    spec = checkpoint.spec
+    if options.target not in TARGETS:
+        raise UsageError(f"target={options.target}", "one of " + ", ".join(TARGETS))
+    stored = {checkpoint.tensors[name].dtype for name in spec.parameters()}
+    precision = options.precision
+    if precision == "auto":
+        precision = _PRECISION_OF[stored.pop()] if len(stored) == 1 else "fp32"
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision={precision}", "one of auto, " + ", ".join(PRECISIONS))
+    dtype = "float32" if options.target == "cpu" else options.dtype
+    if dtype == "auto":
+        dtype = spec.dtype
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UsageError(f"dtype={dtype}", "one of auto, float32, bfloat16, float16")
+    limit = spec.context_length
+    max_length = limit if options.max_length is None else options.max_length
+    if not 1 <= max_length <= limit:
+        raise UsageError(
+            f"max-length={max_length}", f"1 to {limit}, the model's context length", "choose a smaller --max-length"
+        )
+    return _Settings(options.target, precision, dtype, max_length, options.self_contained, options.quiet)
+
+
+class _Job:
+    """One build in its stage: every finished file is in the journal, and kept if a build is run again."""
+
+    def __init__(self, checkpoint: Checkpoint, settings: _Settings, stage: Path) -> None:
+        self.checkpoint, self.settings, self.stage = checkpoint, settings, stage
+        self.files: dict[str, FileEntry] = {}
+        self.reusable: dict[str, FileEntry] = self._open_journal()
+
+    def run(self) -> Manifest:
+        settings, checkpoint = self.settings, self.checkpoint
+        shards = sorted({checkpoint.tensors[name].path for name in checkpoint.spec.parameters()})
+        stored = PRECISIONS[settings.precision]
+        planned = [] if settings.target == "portable" else plan_weight_files(checkpoint, stored, Path(WEIGHTS_FOLDER))
+        locations = checkpoint_locations(checkpoint)
+        for plan in planned:
+            locations.update(plan.locations)
+        needed = {place.file for place in locations.values()} & set(shards)
+        copied = [shard for shard in shards if shard in needed] if settings.self_contained else []
+        for shard in copied:
+            inside = Path(WEIGHTS_FOLDER) / shard.name
+            locations.update(
+                {n: _moved(place, inside) if place.file == shard else place for n, place in locations.items()}
+            )
+
+        self._write_graph(locations)
+        self._write_weights(planned, copied)
+        for name in TEXT_FILES:
+            if (checkpoint.path / name).is_file():
+                self._keep(name, lambda path, name=name: copy_file(checkpoint.path / name, path))
+        links = {} if settings.self_contained else self._link_shards([s for s in shards if s in needed])
+        manifest = Manifest(
+            target=settings.target,
+            precision=settings.precision,
+            compute_dtype=settings.dtype,
+            kv_dtype=settings.dtype,
+            max_length=settings.max_length,
+            tensor_parallel=1,
+            model=checkpoint.spec,
+            checkpoint=CheckpointLink(str(checkpoint.path.absolute()), checkpoint.fingerprint(), links),
+            files=dict(sorted(self.files.items())),
+            tools={"qwen-rt": __version__} | {tool: metadata.version(tool) for tool in _TOOLS},
+        )
+        atomic_write_bytes(self.stage / MANIFEST_FILE, manifest.to_json())
+        (self.stage / _JOURNAL).unlink()
+        return manifest
+
+    def _write_graph(self, locations: dict[str, WeightLocation]) -> None:
+        settings, spec = self.settings, self.checkpoint.spec
+
+        def write(path: Path) -> FileEntry:
+            model = portable_graph(self.checkpoint, settings.dtype, locations)
+            if settings.target == "cpu":
+                lower_cpu(model, spec, settings.max_length)
+            data = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
+            atomic_write_bytes(path, data)
+            return FileEntry(len(data), file_sha256(path))
+
+        with progress(1, f"graph of {spec.num_layers} layers", quiet=settings.quiet) as bar:
+            self._keep(GRAPH_FILE, write)
+            bar.update(1)
+
+    def _write_weights(self, planned: list[PlannedFile], copied: list[Path]) -> None:
+        total = sum(plan.nbytes for plan in planned) + sum(shard.stat().st_size for shard in copied)
+        if not total:
+            return
+        require_free_space(self.stage, total - sum(entry.nbytes for entry in self.reusable.values()))
+        with progress(total, "weights", unit="B", quiet=self.settings.quiet) as bar:
+            for plan in planned:
+                self._keep(
+                    f"{WEIGHTS_FOLDER}/{plan.name}",
+                    lambda path, plan=plan: write_weight_file(self.checkpoint, plan, path, bar.update),
+                    bar.update,
+                )
+            for shard in copied:
+                self._keep(
+                    f"{WEIGHTS_FOLDER}/{shard.name}",
+                    lambda path, shard=shard: copy_file(shard, path, bar.update),
+                    bar.update,
+                )
+
+    def _link_shards(self, shards: list[Path]) -> dict[str, ShardEntry]:
+        """Note where the shards are; a bundle also notes their hashes, a portable graph reads no weight."""
+        hashed = self.settings.target != "portable"
+        total = sum(shard.stat().st_size for shard in shards) if hashed else 0
+        links = {}
+        with progress(total, "hashing shards", unit="B", quiet=self.settings.quiet or not total) as bar:
+            for shard in shards:
+                header = read_header(shard)
+                whole = file_sha256(shard, bar.update) if hashed else None
+                links[shard.name] = ShardEntry(str(shard.absolute()), header.nbytes, header.sha256, whole)
+        return links
+
+    def _keep(
+        self, name: str, write: Callable[[Path], FileEntry], skipped: Callable[[int], object] | None = None
+    ) -> None:
+        """Write a file of the bundle unless an earlier build left it whole, and note it in the journal."""
+        path = self.stage / name
+        entry = self.reusable.get(name)
+        if entry is not None and is_whole(path, entry):
+            if skipped is not None:
+                skipped(entry.nbytes)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            entry = write(path)
+        self.files[name] = entry
+        self._write_journal()
+
+    def _inputs(self) -> dict[str, Any]:
+        return {
+            "version": __version__,
+            "fingerprint": self.checkpoint.fingerprint(),
+            "shards": [[s.name, s.stat().st_size, s.stat().st_mtime_ns] for s in self.checkpoint.shards],
+            "settings": {k: v for k, v in vars(self.settings).items() if k != "quiet"},
+        }
+
+    def _open_journal(self) -> dict[str, FileEntry]:
+        """Return the files of an earlier build of the same inputs; anything else in the stage goes."""
+        path = self.stage / _JOURNAL
+        found: dict[str, FileEntry] = {}
+        try:
+            journal = json.loads(path.read_bytes())
+            if journal["inputs"] == self._inputs():
+                found = {name: FileEntry(int(nbytes), str(sha)) for name, (nbytes, sha) in journal["files"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass
+        if not found:
+            for child in self.stage.iterdir():
+                shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
+        return found
+
+    def _write_journal(self) -> None:
+        files = {name: [entry.nbytes, entry.sha256] for name, entry in (self.reusable | self.files).items()}
+        atomic_write_bytes(
+            self.stage / _JOURNAL, json.dumps({"inputs": self._inputs(), "files": files}).encode()
+        )
+
+
+def _moved(place: WeightLocation, file: Path) -> WeightLocation:
+    return WeightLocation(file, place.offset, place.nbytes, place.dtype, place.shape)

@@ -1,0 +1,85 @@
+"""Checkpoint → portable graph: standard ONNX whose weights are references into the checkpoint's shards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qwen_rt.checkpoint import Checkpoint
+from qwen_rt.errors import GraphError
+from qwen_rt.export.passes.compute_dtype import set_compute_dtype
+from qwen_rt.export.stamp import stamp_layers
+from qwen_rt.export.trace import trace_single_layer
+
+__all__ = ["ST_TO_IR", "WeightLocation", "checkpoint_locations", "portable_graph"]
+
+ST_TO_IR = {"F32": ir.DataType.FLOAT, "BF16": ir.DataType.BFLOAT16, "F16": ir.DataType.FLOAT16}
+"""safetensors dtype → ONNX dtype."""
+
+
+@dataclass(frozen=True)
+class WeightLocation:
+    """Where the bytes of one tensor lie: `nbytes` from `offset` of `file`, row-major, `dtype` in safetensors' terms."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def checkpoint_locations(checkpoint: Checkpoint) -> dict[str, WeightLocation]:
+    """Where each parameter of the model lies in the checkpoint's own shards."""
+    refs = checkpoint.tensors
+    return {
+        name: WeightLocation(refs[name].path, refs[name].offset, refs[name].nbytes, refs[name].dtype, refs[name].shape)
+        for name in checkpoint.spec.parameters()
+    }
+
+
+def portable_graph(checkpoint: Checkpoint, dtype: str, locations: Mapping[str, WeightLocation]) -> ir.Model:
+    """Build the graph of a whole model from one traced layer.
+
+    Args:
+        checkpoint: The model.
+        dtype: Dtype of activations and cache: `float32`, `bfloat16` or `float16`. Weights stay as stored; where the
+            two differ, the graph casts.
+        locations: Where each parameter's bytes lie.
+
+    Returns:
+        A model at opset 24 with the inputs and outputs of `qwen_rt.tensors`. Each initializer that is named after a
+        Hugging Face tensor is an external reference; not one weight byte is read.
+    """
+    model = stamp_layers(trace_single_layer(checkpoint.spec, dtype), checkpoint.spec.num_layers)
+    attach_weights(model, locations)
+    return set_compute_dtype(model, dtype)
+
+
+def attach_weights(model: ir.Model, locations: Mapping[str, WeightLocation]) -> None:
+    """Point every initializer that has no data at the place of its bytes.
+
+    Raises:
+        GraphError: A parameter is not to be found, or has another shape than the graph.
+    """
+    for name, value in model.graph.initializers.items():
+        if value.const_value is not None and not isinstance(value.const_value, ir.ExternalTensor):
+            continue
+        if name not in locations:
+            raise GraphError(f"the graph needs tensor {name}, which the checkpoint lacks", fix="use a whole checkpoint")
+        place = locations[name]
+        if value.shape is None or tuple(value.shape) != place.shape:
+            raise GraphError(f"tensor {name} has shape {list(place.shape)}", f"{value.shape}", "check config.json")
+        dtype = ST_TO_IR[place.dtype]
+        value.const_value = ir.ExternalTensor(
+            place.file.name,
+            place.offset,
+            place.nbytes,
+            dtype,
+            shape=ir.Shape(place.shape),
+            name=name,
+            base_dir=place.file.parent,
+        )
+        value.type = ir.TensorType(dtype)
