@@ -1,0 +1,201 @@
+"""The registry of targets: what each needs, what this machine lacks of it, and the command that gets it.
+
+Nothing is imported to find out: versions come from package metadata, modules are located and left alone.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ._version import __version__
+from .machine import Gpus
+
+__all__ = [
+    "EXPORT",
+    "TARGETS",
+    "Facts",
+    "Lack",
+    "Target",
+    "TargetStatus",
+    "examine",
+    "install_command",
+    "installed_version",
+]
+
+_TOP = __name__.partition(".")[0]
+_RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.")
+
+
+@dataclass(frozen=True)
+class Lack:
+    """Something that is missing; `command` gets it, and is empty where no command can."""
+
+    what: str
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the targets' probes look at."""
+
+    gpus: Gpus
+    providers: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class Target:
+    """One way to run a model.
+
+    Attributes:
+        name: As `--target` takes it.
+        role: What it is for.
+        module: The module that lowers a graph for it; a release without that module lacks the target. None: built in.
+        probe: Says what is missing on this machine.
+    """
+
+    name: str
+    role: str
+    module: str | None
+    probe: Callable[[Facts], list[Lack]]
+
+
+@dataclass(frozen=True)
+class TargetStatus:
+    """Whether a target runs here; `lacks` is empty exactly if it is ready."""
+
+    name: str
+    role: str
+    state: Literal["ready", "missing", "not in this release"]
+    lacks: tuple[Lack, ...] = ()
+
+
+def _requirements(extra: str | None) -> list[str]:
+    """Return what qwen-rt requires for an extra (None: what it always needs); empty if it is not installed."""
+    try:
+        lines = importlib.metadata.requires("qwen-rt") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    split = [line.partition(";")[::2] for line in lines]
+    if extra is None:
+        return [need.strip() for need, condition in split if "extra" not in condition]
+    pattern = re.compile(rf"""extra\s*==\s*["']{re.escape(extra)}["']""")
+    return [need.strip() for need, condition in split if pattern.search(condition)]
+
+
+def installed_version(name: str) -> str | None:
+    """Return the version of an installed distribution, or None."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Return the leading numbers of a version: `2.13.0+cpu` is (2, 13, 0)."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in found[0].split(".")) if found else ()
+
+
+def _unmet(requirements: Iterable[str], stand_ins: dict[str, str]) -> list[Lack]:
+    """Return a lack for every `name>=version` that is absent or too old; a stand-in package serves as well."""
+    lacks = []
+    for requirement in requirements:
+        name, _, minimum = requirement.partition(">=")
+        version = installed_version(name) or (installed_version(stand_ins[name]) if name in stand_ins else None)
+        command = f"pip install {shlex.quote(requirement)}"
+        if version is None:
+            lacks.append(Lack(name, command))
+        elif _numbers(version) < _numbers(minimum):
+            lacks.append(Lack(f"{name} {version} is too old", command))
+    return lacks
+
+
+def _probe_cpu(facts: Facts) -> list[Lack]:
+    needed = _requirements(None) or ["numpy", "onnx", "onnxruntime", "tokenizers", "jinja2", "tqdm"]
+    lacks = _unmet(needed, {"onnxruntime": "onnxruntime-gpu"})
+    if not lacks and "CPUExecutionProvider" not in (facts.providers or ()):
+        lacks.append(Lack("an onnxruntime that imports", "pip install --force-reinstall --no-deps onnxruntime"))
+    return lacks
+
+
+def _probe_export(_: Facts) -> list[Lack]:
+    return _unmet(_requirements("export") or ["torch", "onnxscript", "onnx-ir", "ml-dtypes"], {})
+
+
+def _gpu_lacks(facts: Facts, minimum: str) -> list[Lack]:
+    if not facts.gpus.gpus:
+        return [Lack("an NVIDIA GPU with its driver")]
+    if all(_numbers(gpu.compute_capability) < _numbers(minimum) for gpu in facts.gpus.gpus):
+        return [Lack(f"a GPU of compute capability {minimum} or newer")]
+    return []
+
+
+def _probe_cuda(facts: Facts) -> list[Lack]:
+    lacks = _gpu_lacks(facts, "8.0") + _unmet(_requirements("cuda") or ["onnxruntime-gpu"], {})
+    if not lacks and "CUDAExecutionProvider" not in (facts.providers or ()):
+        lacks.append(Lack("ONNX Runtime's CUDA provider", "pip install --force-reinstall --no-deps onnxruntime-gpu"))
+    return lacks
+
+
+def _probe_tensorrt(facts: Facts) -> list[Lack]:
+    return _gpu_lacks(facts, "8.0") + _unmet(["tensorrt>=10.15"], {})
+
+
+def _probe_tensorrt_rtx(facts: Facts) -> list[Lack]:
+    lacks = _gpu_lacks(facts, "7.5") + _unmet(_requirements("tensorrt") or ["tensorrt-rtx"], {})
+    capabilities = [gpu.compute_capability for gpu in facts.gpus.gpus]
+    if capabilities and not any(found.startswith(_RTX_CAPABILITIES) for found in capabilities):
+        lacks.append(
+            Lack(f"a GPU that TensorRT-RTX supports (not compute capability {', '.join(sorted(set(capabilities)))})")
+        )
+    return lacks
+
+
+def _probe_trtllm(_: Facts) -> list[Lack]:
+    return []
+
+
+TARGETS: tuple[Target, ...] = (
+    Target("cpu", "any machine; ONNX Runtime", None, _probe_cpu),
+    Target("cuda", "fused kernels, CUDA graphs", f"{_TOP}.export.passes.lower_cuda", _probe_cuda),
+    Target("tensorrt", "compiled engines", f"{_TOP}.export.passes.lower_tensorrt", _probe_tensorrt),
+    Target("tensorrt-rtx", "engines for RTX GPUs", f"{_TOP}.export.passes.lower_tensorrt", _probe_tensorrt_rtx),
+    Target("trtllm", "export only", f"{_TOP}.export.passes.lower_trtllm", _probe_trtllm),
+)
+EXPORT = Target("export", "checkpoint to bundle", None, _probe_export)
+
+
+def _has_module(name: str) -> bool:
+    """Say whether a module could be imported, importing nothing, not even its parents."""
+    search: Sequence[str] | None = None
+    parts = name.split(".")
+    for end in range(1, len(parts) + 1):
+        specs = (finder.find_spec(".".join(parts[:end]), search) for finder in sys.meta_path)
+        spec = next((found for found in specs if found is not None), None)
+        if spec is None:
+            return False
+        search = spec.submodule_search_locations
+    return True
+
+
+def examine(target: Target, facts: Facts) -> TargetStatus:
+    """Return whether a target runs here, and if not what is missing."""
+    if target.module is not None and not _has_module(target.module):
+        lack = Lack(f"qwen-rt {__version__} does not build this target yet")
+        return TargetStatus(target.name, target.role, "not in this release", (lack,))
+    lacks = tuple(target.probe(facts))
+    return TargetStatus(target.name, target.role, "missing" if lacks else "ready", lacks)
+
+
+def install_command(lacks: Iterable[Lack]) -> str:
+    """Return one line that gets all of them; several `pip install X` become one."""
+    commands = [lack.command for lack in lacks if lack.command]
+    plain = [c.removeprefix("pip install ") for c in commands if c.startswith("pip install ") and " --" not in c]
+    others = [c for c in commands if not (c.startswith("pip install ") and " --" not in c)]
+    return " && ".join(([f"pip install {' '.join(plain)}"] if plain else []) + others)
