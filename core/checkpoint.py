@@ -51,7 +51,7 @@ _HARMLESS_SUFFIX = "rotary_emb.inv_freq"  # older transformers stored it; it fol
 _FIX_AGAIN = "download it again"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Checkpoint:
     """An opened checkpoint: every tensor of its spec is present, of the right shape, and within its file.
 
@@ -76,7 +76,7 @@ class Checkpoint:
     ignored: tuple[str, ...]
     unexpected: tuple[str, ...]
     config_digests: tuple[str, ...]
-    _maps: dict[Path, mmap.mmap] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    _maps: dict[Path, mmap.mmap] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -144,7 +144,9 @@ class Checkpoint:
             StorageError: The file cannot be opened.
         """
         if name not in self.tensors:
-            raise CheckpointError(f"no tensor {show(name)} in {self.path}", f"one of {name_some(self.tensors)}")
+            raise CheckpointError(
+                f"no tensor {show(name)} in {self.path}", f"one of {name_some(self.tensors)}", "check the name"
+            )
         ref = self.tensors[name]
         if ref.path not in self._maps:
             header = next(header for header in self.headers if header.path == ref.path)
@@ -181,7 +183,9 @@ def to_float32(ref: TensorRef, array: NDArray[Any]) -> NDArray[np.float32]:
         CheckpointError: The dtype is none of BF16, F16, F32.
     """
     if ref.dtype not in _WEIGHT_DTYPES:
-        raise CheckpointError(f"tensor {show(ref.name)} has dtype {ref.dtype}", ", ".join(_WEIGHT_DTYPES))
+        raise CheckpointError(
+            f"tensor {show(ref.name)} has dtype {ref.dtype}", ", ".join(_WEIGHT_DTYPES), "choose a weight"
+        )
     if ref.dtype == "BF16":
         wide = array.astype(np.uint32)
         wide <<= np.uint32(16)
@@ -204,8 +208,8 @@ def shard_sha256(path: str | Path, progress: Callable[[int], None] | None = None
     """
     path, digest = Path(path), hashlib.sha256()
     with read_errors(path):
-        file = open(path, "rb", buffering=0)  # noqa: SIM115: errors of `progress` are not errors of the file
-    with file:
+        file = open(path, "rb", buffering=0)  # noqa: SIM115
+    with file:  # outside read_errors: what `progress` raises is no trouble of the file
         while True:
             with read_errors(path):
                 block = file.read(_HASH_BLOCK_BYTES)
@@ -324,15 +328,16 @@ def _check_tensors(folder: Path, expected: dict[str, tuple[int, ...]], stored: d
     if wrong_dtype:
         first = min(wrong_dtype)
         raise CheckpointError(
-            f"{len(wrong_dtype)} tensors have another dtype ({stored[first].dtype}): {name_some(wrong_dtype)}",
+            f"{stored[first].dtype} weights in {len(wrong_dtype)} of {len(expected)} tensors: {name_some(wrong_dtype)}",
             " or ".join(_WEIGHT_DTYPES),
             "take the unquantized checkpoint",
         )
     wrong_shape = [name for name, shape in expected.items() if stored[name].shape != shape]
     if wrong_shape:
         shown = [f"{name} {list(stored[name].shape)} (expected {list(expected[name])})" for name in wrong_shape[:3]]
+        more = f" and {len(wrong_shape) - 3} more" if len(wrong_shape) > 3 else ""
         raise CheckpointError(
-            f"{len(wrong_shape)} tensors have another shape: {', '.join(shown)}",
+            f"wrong shape of {len(wrong_shape)} of {len(expected)} tensors: {', '.join(shown)}{more}",
             "the shapes that config.json implies",
             "download config.json and the shards again",
         )

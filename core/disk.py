@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import StorageError
-from .progress import format_count
+from qwen_rt.errors import StorageError
+from qwen_rt.progress import format_count
 
 __all__ = ["device_error", "require_free_space", "storage_errors"]
 

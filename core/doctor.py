@@ -20,11 +20,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from . import machine
-from ._version import __version__
-from .machine import Cpu, Gpus, Nvcc, Started
-from .progress import format_count
-from .targets import EXPORT, TARGETS, Facts, Lack, Target, TargetStatus, examine, install_command, installed_version
+from qwen_rt import machine
+from qwen_rt._version import __version__
+from qwen_rt.machine import Cpu, Gpus, Nvcc, Started
+from qwen_rt.progress import format_count
+from qwen_rt.targets import (
+    EXPORT,
+    TARGETS,
+    Facts,
+    Lack,
+    Target,
+    TargetStatus,
+    examine,
+    install_command,
+    installed_version,
+)
 
 __all__ = ["Package", "Report", "collect", "render"]
 

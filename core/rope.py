@@ -1,7 +1,7 @@
 """Rotary position embedding: which frequencies a checkpoint asks for, and what scales cos and sin.
 
 Source: Hugging Face transformers 5.23.0, `modeling_rope_utils.py` (`_compute_linear_scaling_rope_parameters`,
-`_compute_yarn_parameters`, `standardize_rope_params`); YaRN, arXiv:2309.00071, equations 22 to 24.
+`_compute_yarn_parameters`, `standardize_rope_params`); YaRN, arXiv:2309.00071 (NTK-by-parts and attention temperature).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from qwen_rt.errors import CheckpointError, UnsupportedModelError
 from qwen_rt.strict_json import check_bool, check_float, check_int, name_some, show
 
-__all__ = ["MAX_HEAD_DIM", "RopeKind", "RopeSpec", "check_head_dim"]
+__all__ = ["RopeKind", "RopeSpec", "check_head_dim"]
 
 RopeKind = Literal["default", "linear", "yarn"]
 
-MAX_HEAD_DIM = 65_536
+_MAX_HEAD_DIM = 65_536
 _MAX_THETA = 1e12
 _MAX_FACTOR = 1e6
 _KEYS_OF_ALL_KINDS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
@@ -31,6 +31,7 @@ _KEYS_OF_KIND = {
     | {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
     | {"attention_factor", "mscale", "mscale_all_dim", "truncate"},
 }
+_FIX_CHOOSE = "choose a checkpoint with plain, linear or YaRN rope over whole heads"
 _FIX_BOTH = "keep one of the two in config.json"
 
 
@@ -63,22 +64,26 @@ class RopeSpec:
     truncate: bool = True
 
     def __post_init__(self) -> None:
-        check_float("rope_theta", self.theta, 1.0, _MAX_THETA)
+        self._check_float("theta", 1.0, _MAX_THETA)
         if self.kind not in get_args(RopeKind):
             raise _unsupported_kind(self.kind)
-        check_float("factor", self.factor, 0.0, _MAX_FACTOR)
+        self._check_float("factor", 0.0, _MAX_FACTOR)
         if self.factor < 1.0 or (self.kind == "default" and self.factor != 1.0):
             expected = "1 for the default rope" if self.kind == "default" else "1 or more"
             raise CheckpointError(f"rope factor={show(self.factor)}", expected, "correct rope_scaling in config.json")
         if self.kind == "yarn":
             check_int("original_max_position_embeddings", self.original_max_position_embeddings)
-        check_float("beta_fast", self.beta_fast, 0.0, _MAX_FACTOR)
-        check_float("beta_slow", self.beta_slow, 0.0, self.beta_fast)
+        self._check_float("beta_fast", 0.0, _MAX_FACTOR)
+        self._check_float("beta_slow", 0.0, self.beta_fast)
         for name in ("attention_factor", "mscale", "mscale_all_dim"):
-            value = getattr(self, name)
-            if value is not None:
-                check_float(name, value, 0.0, _MAX_FACTOR)
+            if getattr(self, name) is not None:
+                self._check_float(name, 0.0, _MAX_FACTOR)
         check_bool("truncate", self.truncate)
+
+    def _check_float(self, name: str, low: float, high: float) -> None:
+        """Check a field and make it a float: JSON may write 10000 for 10000.0."""
+        value = check_float("rope_theta" if name == "theta" else name, getattr(self, name), low, high)
+        object.__setattr__(self, name, value)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], max_position_embeddings: int) -> RopeSpec:
@@ -102,12 +107,12 @@ class RopeSpec:
             raise UnsupportedModelError(
                 f"{source} has {name_some(unknown)}, which rope_type={show(kind)} does not take",
                 name_some(_KEYS_OF_KIND[kind] - _KEYS_OF_ALL_KINDS) or "no further keys",
-                "choose a checkpoint with plain, linear or YaRN rope",
+                _FIX_CHOOSE,
             )
         for where, values in ((source, given), ("config.json", config)):
             if values.get("partial_rotary_factor") not in (None, 1, 1.0):
                 raise UnsupportedModelError(
-                    f"partial_rotary_factor={show(values['partial_rotary_factor'])} in {where}", "1"
+                    f"partial_rotary_factor={show(values['partial_rotary_factor'])} in {where}", "1", _FIX_CHOOSE
                 )
         theta = _agree(source, "rope_theta", given.get("rope_theta"), "rope_theta", config.get("rope_theta"))
         fields: dict[str, Any] = {"theta": cls.theta if theta is None else theta, "kind": kind}
@@ -134,7 +139,7 @@ class RopeSpec:
         if self.kind != "yarn":
             return 1.0
         if self.attention_factor is not None:
-            return float(self.attention_factor)
+            return self.attention_factor
         log_factor = 0.1 * math.log(self.factor)
         if self.mscale is not None and self.mscale_all_dim is not None:
             return (log_factor * self.mscale + 1.0) / (log_factor * self.mscale_all_dim + 1.0)
@@ -161,7 +166,7 @@ class RopeSpec:
             UnsupportedModelError: `head_dim` is odd.
         """
         check_head_dim(head_dim)
-        frequencies = float(self.theta) ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)  # [D/2]
+        frequencies = self.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)  # [D/2]
         if self.kind == "linear":
             frequencies /= self.factor
         elif self.kind == "yarn":
@@ -193,16 +198,14 @@ def check_head_dim(head_dim: object) -> None:
         CheckpointError: Not an integer in 2..65536.
         UnsupportedModelError: Odd.
     """
-    if check_int("head_dim", head_dim, 1, MAX_HEAD_DIM) % 2:
+    if check_int("head_dim", head_dim, 1, _MAX_HEAD_DIM) % 2:
         raise UnsupportedModelError(
             f"head_dim={head_dim}", "an even number: rope turns pairs of dimensions", "choose another checkpoint"
         )
 
 
 def _unsupported_kind(kind: object) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"rope_type={show(kind)}", "default, linear or yarn", "choose a checkpoint with plain, linear or YaRN rope"
-    )
+    return UnsupportedModelError(f"rope_type={show(kind)}", "default, linear or yarn", _FIX_CHOOSE)
 
 
 def _rope_object(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -35,9 +35,7 @@ BYTES_OF_DTYPE = {
 }
 """Every dtype that is read, with the bytes of one element."""
 
-DATA_ALIGNMENT = 64
-"""What `write_header` aligns the data to; a cache line, and the alignment numpy and CUDA copies like."""
-
+_DATA_ALIGNMENT = 64  # a cache line: what numpy and copies to a GPU like
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _LENGTH_BYTES = 8
 _MAX_DIMS = 16
@@ -256,7 +254,7 @@ def write_header(
         spans.append((name, end, nbytes))
         end += nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-(_LENGTH_BYTES + len(text)) % DATA_ALIGNMENT)
+    text += b" " * (-(_LENGTH_BYTES + len(text)) % _DATA_ALIGNMENT)
     if len(text) > _MAX_HEADER_BYTES:
         raise CheckpointError(f"a header of {len(text)} bytes", f"at most {_MAX_HEADER_BYTES}", "write several files")
     header = len(text).to_bytes(_LENGTH_BYTES, "little") + text

@@ -114,7 +114,7 @@ class ModelSpec:
                 "a multiple: every key head serves equally many query heads",
                 _FIX_CONFIG,
             )
-        check_float("rms_norm_eps", self.rms_norm_eps, 0.0, _MAX_EPS)
+        object.__setattr__(self, "rms_norm_eps", check_float("rms_norm_eps", self.rms_norm_eps, 0.0, _MAX_EPS))
         for name in ("tie_word_embeddings", "qkv_bias"):
             check_bool(name, getattr(self, name))
         if self.dtype not in get_args(ModelDtype):
@@ -152,7 +152,7 @@ class ModelSpec:
         spec = cls(
             architecture=_ARCHITECTURE,
             **sizes,
-            rms_norm_eps=check_float("rms_norm_eps", _default(config, "rms_norm_eps", 1e-6), 0.0, _MAX_EPS),
+            rms_norm_eps=_default(config, "rms_norm_eps", 1e-6),
             rope=rope,
             tie_word_embeddings=_default(config, "tie_word_embeddings", False),
             dtype=dtype,

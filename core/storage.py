@@ -20,6 +20,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import hashlib
 import logging
 import os
 import re
@@ -30,8 +31,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from .disk import device_error, require_free_space, storage_errors
-from .errors import StorageError
+from qwen_rt.disk import device_error, require_free_space, storage_errors
+from qwen_rt.errors import StorageError
 
 __all__ = ["AtomicFile", "StagedDirectory", "atomic_write_bytes", "require_free_space", "storage_errors"]
 
@@ -40,12 +41,16 @@ log = logging.getLogger(__name__)
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
-# A name has 255 bytes at most; what is put around it here takes 18, and some file systems count in UTF-16 or encrypt.
-_STEM_BYTES = 140
+# A name has 255 bytes at most (143 where names are encrypted); what is put around it here takes up to 27.
+_STEM_BYTES = 110
 
 
 def _stem(name: str) -> str:
-    return os.fsdecode(os.fsencode(name)[:_STEM_BYTES])
+    """Return the name, or for a long one its start and a digest: different names stay different."""
+    raw = os.fsencode(name)
+    if len(raw) <= _STEM_BYTES:
+        return name
+    return f"{raw[:_STEM_BYTES].decode(errors='ignore')}-{hashlib.sha256(raw).hexdigest()[:8]}"
 
 
 def _fsync_path(path: Path) -> None:

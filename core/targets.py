@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ._version import __version__
-from .machine import Gpus
+from qwen_rt._version import __version__
+from qwen_rt.machine import Gpus
 
 __all__ = [
     "EXPORT",
@@ -28,7 +28,6 @@ __all__ = [
     "installed_version",
 ]
 
-_TOP = __name__.partition(".")[0]
 _RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.")
 
 
@@ -163,10 +162,10 @@ def _probe_trtllm(_: Facts) -> list[Lack]:
 
 TARGETS: tuple[Target, ...] = (
     Target("cpu", "any machine; ONNX Runtime", None, _probe_cpu),
-    Target("cuda", "fused kernels, CUDA graphs", f"{_TOP}.export.passes.lower_cuda", _probe_cuda),
-    Target("tensorrt", "compiled engines", f"{_TOP}.export.passes.lower_tensorrt", _probe_tensorrt),
-    Target("tensorrt-rtx", "engines for RTX GPUs", f"{_TOP}.export.passes.lower_tensorrt", _probe_tensorrt_rtx),
-    Target("trtllm", "export only", f"{_TOP}.export.passes.lower_trtllm", _probe_trtllm),
+    Target("cuda", "fused kernels, CUDA graphs", "qwen_rt.export.passes.lower_cuda", _probe_cuda),
+    Target("tensorrt", "compiled engines", "qwen_rt.export.passes.lower_tensorrt", _probe_tensorrt),
+    Target("tensorrt-rtx", "engines for RTX GPUs", "qwen_rt.export.passes.lower_tensorrt", _probe_tensorrt_rtx),
+    Target("trtllm", "export only", "qwen_rt.export.passes.lower_trtllm", _probe_trtllm),
 )
 EXPORT = Target("export", "checkpoint to bundle", None, _probe_export)
 

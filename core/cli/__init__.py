@@ -1,0 +1,132 @@
+"""The command line `qwen-rt`: one module a command, each with `add_arguments` and `run`.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 failure (a verification out of tolerance
+too), 2 usage, 130 interrupted. Errors are one line; `--debug` adds the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from qwen_rt._version import __version__
+from qwen_rt.errors import MissingDependencyError, QwenRtError, UsageError
+
+__all__ = ["main"]
+
+COMMANDS = ("demo", "doctor", "export", "build", "generate", "chat", "verify", "inspect")
+
+_EXTRAS = {
+    "torch": "export",
+    "onnxscript": "export",
+    "onnx_ir": "export",
+    "ml_dtypes": "export",
+    "transformers": "bench",
+    "safetensors": "bench",
+    "matplotlib": "bench",
+}
+
+_DESCRIPTION = """\
+Compile Qwen2, Qwen2-Math and Qwen2.5 checkpoints into deployment bundles, and run them.
+
+The way of a model:  checkpoint --build--> bundle --generate--> text
+"""
+
+_EPILOG = """\
+example:
+  qwen-rt build nano -o nano-cpu
+  qwen-rt generate nano-cpu --boxed "What is 123 * 45?"
+
+`nano` is a small trained checkpoint that ships with qwen-rt; it stands wherever a checkpoint is named.
+`qwen-rt COMMAND --help` explains a command.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with usage errors as one line and near matches for a mistyped command."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print in several lines."""
+        if "invalid choice" in message and "(choose from" in message:
+            message = message.replace("(choose from", "(one of")
+            typed = message.split("'")[1]
+            near = difflib.get_close_matches(typed, COMMANDS, n=1)
+            message += f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(message, fix=f"see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `qwen-rt` with `argv` (default: the process's arguments) and return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    try:
+        args = _parse(arguments)
+        if args.command is None:
+            _parser().print_help()
+            return 0
+        return int(importlib.import_module(f"qwen_rt.cli.{args.command}").run(args))
+    except KeyboardInterrupt:
+        print("\nqwen-rt: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone: nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (QwenRtError, ModuleNotFoundError) as error:
+        if debug:
+            traceback.print_exc()
+        known = _missing(error) if isinstance(error, ModuleNotFoundError) else error
+        print(f"qwen-rt: error: {known}", file=sys.stderr)
+        return known.exit_code
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse; a PROMPT may also stand behind the options, where argparse does not look for an optional positional."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    if len(rest) == 1 and not rest[0].startswith("-") and getattr(args, "prompt", "") is None:
+        args.prompt = rest[0]
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="qwen-rt",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"qwen-rt {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    for name in COMMANDS:
+        module = importlib.import_module(f"qwen_rt.cli.{name}")
+        command = subparsers.add_parser(
+            name,
+            help=module.HELP,
+            description=module.__doc__.strip(),
+            epilog=module.EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        module.add_arguments(command)
+    return parser
+
+
+def _missing(error: ModuleNotFoundError) -> QwenRtError:
+    """Say which extra brings a package that is not installed."""
+    package = str(error.name).split(".")[0]
+    if package not in _EXTRAS:
+        raise error
+    return MissingDependencyError(
+        f"this command needs {package}, which is not installed", fix=f'pip install "qwen-rt[{_EXTRAS[package]}]"'
+    )

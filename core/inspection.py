@@ -1,0 +1,174 @@
+"""What is in a bundle, a portable graph or a checkpoint: sizes, operators, and a row per layer."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwen_rt.bundle import MANIFEST_FILE, Bundle
+from qwen_rt.checkpoint import Checkpoint
+from qwen_rt.errors import BundleError
+from qwen_rt.progress import format_count
+from qwen_rt.spec import ModelSpec
+
+__all__ = ["Inspection", "LayerRow", "inspect"]
+
+_LAYER = re.compile(r"layers\.(\d+)[./]")
+_ST_NAMES = {1: "F32", 10: "F16", 16: "BF16", 7: "I64", 6: "I32", 2: "U8", 3: "I8"}
+_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "I8": 1}
+
+
+@dataclass
+class LayerRow:
+    """One row of the table: a decoder layer, or `outside` for embedding, final norm and head."""
+
+    name: str
+    num_parameters: int = 0
+    nbytes: int = 0
+    dtypes: set[str] = field(default_factory=set)
+    num_nodes: int = 0
+
+
+@dataclass
+class Inspection:
+    """What was found.
+
+    Attributes:
+        kind: `bundle`, `portable graph` or `checkpoint`.
+        path: The folder.
+        model: Hyperparameters.
+        facts: Label → value, in the order to print.
+        files: File → bytes.
+        operators: ONNX operator → number of nodes; empty for a checkpoint.
+        layers: Rows of the table.
+    """
+
+    kind: str
+    path: str
+    model: ModelSpec
+    facts: dict[str, str]
+    files: dict[str, int]
+    operators: dict[str, int]
+    layers: list[LayerRow]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-ready data."""
+        data = asdict(self) | {"model": self.model.to_dict()}
+        data["layers"] = [asdict(row) | {"dtypes": sorted(row.dtypes)} for row in self.layers]
+        return data
+
+    def render(self, with_layers: bool) -> str:
+        """As text; `with_layers` adds the table of layers."""
+        width = max(len(label) for label in self.facts)
+        lines = [f"{self.path}: {self.kind}", ""]
+        lines += [f"  {label:<{width}}  {value}" for label, value in self.facts.items()]
+        lines += ["", "files"] + [f"  {format_count(size, 'B'):>9}  {name}" for name, size in self.files.items()]
+        if self.operators:
+            total = sum(self.operators.values())
+            listed = ", ".join(f"{name} {count}" for name, count in self.operators.items())
+            lines += ["", f"graph: {total} nodes", *_wrap(listed, 96)]
+        if with_layers:
+            lines += ["", f"  {'layer':<10} {'parameters':>13} {'stored':>10}  {'dtype':<9} {'nodes':>5}"]
+            lines += [
+                f"  {row.name:<10} {row.num_parameters:>13,} {format_count(row.nbytes, 'B'):>10}  "
+                f"{'+'.join(sorted(row.dtypes)):<9} {row.num_nodes:>5}"
+                for row in self.layers
+            ]
+        return "\n".join(lines)
+
+
+def inspect(path: str | Path) -> Inspection:
+    """Look into a folder; reads headers and the graph, never a weight.
+
+    Args:
+        path: A bundle, a portable graph or a checkpoint (or `nano`).
+
+    Raises:
+        BundleError, CheckpointError: It is none of these, or broken.
+    """
+    if (Path(path) / MANIFEST_FILE).is_file() or (Path(path).is_dir() and not (Path(path) / "config.json").is_file()):
+        return _inspect_bundle(Bundle.open(path, check="size"))
+    return _inspect_checkpoint(Checkpoint.open(path))
+
+
+def _model_facts(spec: ModelSpec) -> dict[str, str]:
+    rope = f"theta {spec.rope.theta:g}" + ("" if spec.rope.kind == "default" else f", {spec.rope.kind} x{spec.rope.factor:g}")
+    return {
+        "model": f"{spec.architecture}, {spec.num_parameters / 1e6:,.1f} M parameters",
+        "layers": f"{spec.num_layers} x hidden {spec.hidden_size}, ffn {spec.intermediate_size}",
+        "attention": f"{spec.num_heads} heads, {spec.num_kv_heads} KV heads, head_dim {spec.head_dim}, rope {rope}",
+        "vocabulary": f"{spec.vocab_size} rows, {'tied' if spec.tie_word_embeddings else 'own'} LM head",
+        "context": f"{spec.context_length} tokens",
+    }
+
+
+def _inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
+    spec = checkpoint.spec
+    rows = _rows(spec, {name: checkpoint.tensors[name].dtype for name in spec.parameters()})
+    facts = _model_facts(spec) | {"stored as": "+".join(sorted({d for row in rows for d in row.dtypes}))}
+    facts["fingerprint"] = checkpoint.fingerprint()[:16]
+    if checkpoint.unexpected:
+        facts["not used"] = f"{len(checkpoint.unexpected)} tensors, such as {checkpoint.unexpected[0]}"
+    files = {shard.name: shard.stat().st_size for shard in checkpoint.shards}
+    return Inspection("checkpoint", str(checkpoint.path), spec, facts, files, {}, rows)
+
+
+def _inspect_bundle(bundle: Bundle) -> Inspection:
+    import onnx  # the graph is read without its weights
+
+    manifest = bundle.manifest
+    spec = manifest.model
+    try:
+        graph = onnx.load_model(str(bundle.graph_file), load_external_data=False).graph
+    except Exception as error:  # protobuf's DecodeError is not part of its public interface
+        raise BundleError(f"{bundle.graph_file} is not an ONNX graph: {error}", fix="build the bundle again") from None
+    dtypes = {t.name: _ST_NAMES.get(t.data_type, str(t.data_type)) for t in graph.initializer}
+    rows = _rows(spec, {name: dtypes[name] for name in spec.parameters() if name in dtypes})
+    by_name = {row.name: row for row in rows}
+    for node in graph.node:
+        by_name[_row_name(node.name)].num_nodes += 1
+    kv_bytes = spec.kv_bytes_per_token(manifest.kv_dtype)
+    link = manifest.checkpoint
+    facts = _model_facts(spec) | {
+        "target": f"{manifest.target}, tensor parallel {manifest.tensor_parallel}",
+        "weights": f"{manifest.precision}, {format_count(sum(row.nbytes for row in rows), 'B')}"
+        + (f", in {link.path}" if link.shards else ", in this folder"),
+        "computes in": manifest.compute_dtype,
+        "KV cache": f"{manifest.kv_dtype}, {format_count(kv_bytes, 'B')} a token, "
+        f"{format_count(kv_bytes * manifest.max_length, 'B')} for {manifest.max_length} tokens",
+        "built by": ", ".join(f"{name} {version}" for name, version in sorted(manifest.tools.items())),
+    }
+    files = {name: entry.nbytes for name, entry in manifest.files.items()}
+    files |= {f"{name} (in the checkpoint)": shard.nbytes for name, shard in link.shards.items()}
+    operators = dict(Counter(node.op_type for node in graph.node).most_common())
+    kind = "portable graph" if manifest.target == "portable" else "bundle"
+    return Inspection(kind, str(bundle.path), spec, facts, files, operators, rows)
+
+
+def _rows(spec: ModelSpec, dtypes: Mapping[str, str]) -> list[LayerRow]:
+    rows = {name: LayerRow(name) for name in ("outside", *map(str, range(spec.num_layers)))}
+    for name, shape in spec.parameters().items():
+        if name not in dtypes:
+            continue
+        row, count = rows[_row_name(name)], 1
+        for dim in shape:
+            count *= dim
+        row.num_parameters += count
+        row.nbytes += count * _BYTES.get(dtypes[name], 0)
+        row.dtypes.add(dtypes[name])
+    return list(rows.values())
+
+
+def _row_name(name: str) -> str:
+    found = _LAYER.search(name)
+    return found.group(1) if found else "outside"
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="  ")

@@ -1,0 +1,71 @@
+"""Every numeric tolerance of the project, each with its reason. Tests and `qwen-rt verify` read them from here.
+
+Notation: u = unit roundoff of the format (float32 2⁻²⁴ ≈ 6e-8, bfloat16 2⁻⁸, float16 2⁻¹¹). Relative errors are taken
+against the largest magnitude of the reference, because single logits may be near zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["PARITY_RELATIVE_FP32", "VERIFY", "VerifyTolerance", "verify_kind"]
+
+PARITY_RELATIVE_FP32 = 1e-4
+"""float32 against float32, sums in another order: a dot product of n terms errs by about sqrt(n)·u ≈ 1e-5 at n = 29568;
+layers add up to a few times that."""
+
+
+@dataclass(frozen=True)
+class VerifyTolerance:
+    """What `qwen-rt verify` demands of a bundle against transformers in float32 on the same checkpoint.
+
+    Attributes:
+        max_relative: Largest |error| of any logit over the largest |reference| logit.
+        min_cosine: Of the logits of every position.
+        min_top1: Share of positions whose best token is the same.
+        min_greedy: Share of the greedy continuation before the first difference.
+        reason: Why these numbers.
+    """
+
+    max_relative: float
+    min_cosine: float
+    min_top1: float
+    min_greedy: float
+    reason: str
+
+
+VERIFY: dict[str, VerifyTolerance] = {
+    "lossless": VerifyTolerance(
+        max_relative=PARITY_RELATIVE_FP32,
+        min_cosine=0.999999,
+        min_top1=0.995,
+        min_greedy=0.95,
+        reason="same weights, float32 on both sides: only the order of sums differs; a top-1 may change where two "
+        "logits are within 1e-4, and from there a greedy continuation may take another way",
+    ),
+    "rounded-fp16": VerifyTolerance(
+        max_relative=1e-2,
+        min_cosine=0.9999,
+        min_top1=0.98,
+        min_greedy=0.25,
+        reason="weights rounded to float16 (u = 2^-11): errors of 5e-4 a weight, averaged over a row",
+    ),
+    "rounded-bf16": VerifyTolerance(
+        max_relative=5e-2,
+        min_cosine=0.999,
+        min_top1=0.95,
+        min_greedy=0.1,
+        reason="weights rounded to bfloat16 (u = 2^-8): errors of 4e-3 a weight, averaged over a row",
+    ),
+}
+
+
+def verify_kind(stored_dtypes: set[str], precision: str) -> str:
+    """Return the row of `VERIFY` for a bundle.
+
+    Args:
+        stored_dtypes: safetensors dtypes of the checkpoint (`{"BF16"}`).
+        precision: The bundle's `fp32`, `bf16` or `fp16`.
+    """
+    own = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}[precision]
+    return "lossless" if precision == "fp32" or stored_dtypes == {own} else f"rounded-{precision}"
