@@ -3,7 +3,8 @@
     BUNDLE/
       manifest.json             this file, written last: a folder without it is no bundle
       graph/rank0.onnx          the lowered graph; weights are references by file name
-      weights/*.safetensors     only what had to change, or everything with --self-contained
+      graph/*.safetensors       weights that had to change, or all with --self-contained; beside the graph, where
+                                any ONNX tool finds them
       tokenizer.json …          the checkpoint's text files
       config.json, generation_config.json
 
@@ -44,7 +45,7 @@ FORMAT = "qwen-rt-bundle"
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 GRAPH_FILE = "graph/rank0.onnx"
-WEIGHTS_FOLDER = "weights"
+WEIGHTS_FOLDER = "graph"
 
 TARGETS = ("cpu", "portable")
 PRECISIONS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
@@ -320,7 +321,7 @@ class Bundle:
         for name, entry in manifest.files.items():
             file = folder / name
             to_check.append((file, entry, f"{name} of {folder}"))
-            if name.startswith(f"{WEIGHTS_FOLDER}/"):
+            if name.startswith(f"{WEIGHTS_FOLDER}/") and name.endswith(".safetensors"):
                 weights[Path(name).name] = file.resolve()
         for name, shard in manifest.checkpoint.shards.items():
             file = Path(checkpoint) / name if checkpoint is not None else Path(shard.path)

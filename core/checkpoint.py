@@ -16,7 +16,7 @@ import hashlib
 import importlib.resources
 import mmap
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +79,13 @@ class Checkpoint:
     _maps: dict[Path, mmap.mmap] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
-    def open(cls, path: str | Path) -> Checkpoint:
+    def open(cls, path: str | Path, shards: Sequence[Path] | None = None) -> Checkpoint:
         """Open a checkpoint folder, or the shipped one by the name `"nano"`.
 
         Args:
             path: The folder with config.json; a snapshot folder of Hugging Face's cache works.
+            shards: The safetensors files to take the tensors from, for a folder that refers to shards elsewhere (a
+                portable graph); None takes those of the folder's index, or its single file.
 
         Raises:
             CheckpointError: Something is missing, malformed, cut short, or does not fit the rest.
@@ -98,7 +100,10 @@ class Checkpoint:
         if _exists(folder / _GENERATION_CONFIG):
             generation_config, _ = _read_json(folder / _GENERATION_CONFIG, _MAX_CONFIG_BYTES)
         digests = [config_digest]
-        if _exists(folder / _SINGLE):
+        if shards is not None:
+            headers = [read_header(shard) for shard in shards]
+            stored = {name: ref for header in headers for name, ref in header.tensors.items()}
+        elif _exists(folder / _SINGLE):
             headers = [read_header(folder / _SINGLE)]
             stored = dict(headers[0].tensors)
         else:

@@ -29,6 +29,7 @@ from qwen_rt.checkpoint import Checkpoint
 from qwen_rt.errors import UsageError
 from qwen_rt.export.passes.lower_cpu import lower_cpu
 from qwen_rt.export.portable import WeightLocation, checkpoint_locations, portable_graph
+from qwen_rt.export.source import Source, open_source
 from qwen_rt.export.weights import PlannedFile, copy_file, is_whole, plan_weight_files, write_weight_file
 from qwen_rt.progress import progress
 from qwen_rt.safetensors_header import read_header
@@ -80,10 +81,10 @@ class BuildOptions:
 
 
 def build(source: str | Path, out: str | Path, options: BuildOptions | None = None) -> Manifest:
-    """Build a bundle (or portable graph) from a checkpoint.
+    """Build a bundle (or portable graph).
 
     Args:
-        source: Checkpoint folder, or `nano` for the one that ships with this package.
+        source: Checkpoint folder, `nano` for the one that ships with this package, or a portable graph's folder.
         out: Folder to make. Until it is whole it is not there; a killed build resumes when run again.
         options: What to build.
 
@@ -96,10 +97,10 @@ def build(source: str | Path, out: str | Path, options: BuildOptions | None = No
         StorageError: The folder cannot be written.
     """
     options = options or BuildOptions()
-    checkpoint = Checkpoint.open(source)
-    settings = _settle(checkpoint, options)
+    opened = open_source(source)
+    settings = _settle(opened.checkpoint, options)
     with StagedDirectory(Path(out), overwrite=options.overwrite) as stage:
-        job = _Job(checkpoint, settings, stage.path)
+        job = _Job(opened, settings, stage.path)
         manifest = job.run()
         stage.commit()
     return manifest
@@ -144,8 +145,8 @@ def _settle(checkpoint: Checkpoint, options: BuildOptions) -> _Settings:
 class _Job:
     """One build in its stage: every finished file is in the journal, and kept if a build is run again."""
 
-    def __init__(self, checkpoint: Checkpoint, settings: _Settings, stage: Path) -> None:
-        self.checkpoint, self.settings, self.stage = checkpoint, settings, stage
+    def __init__(self, source: Source, settings: _Settings, stage: Path) -> None:
+        self.source, self.checkpoint, self.settings, self.stage = source, source.checkpoint, settings, stage
         self.files: dict[str, FileEntry] = {}
         self.reusable: dict[str, FileEntry] = self._open_journal()
 
@@ -179,7 +180,7 @@ class _Job:
             max_length=settings.max_length,
             tensor_parallel=1,
             model=checkpoint.spec,
-            checkpoint=CheckpointLink(str(checkpoint.path.absolute()), checkpoint.fingerprint(), links),
+            checkpoint=CheckpointLink(self.source.origin, self.source.fingerprint, links),
             files=dict(sorted(self.files.items())),
             tools={"qwen-rt": __version__} | {tool: metadata.version(tool) for tool in _TOOLS},
         )
@@ -191,7 +192,7 @@ class _Job:
         settings, spec = self.settings, self.checkpoint.spec
 
         def write(path: Path) -> FileEntry:
-            model = portable_graph(self.checkpoint, settings.dtype, locations)
+            model = portable_graph(self.checkpoint, settings.dtype, locations, self.source.load_graph())
             if settings.target == "cpu":
                 lower_cpu(model, spec, settings.max_length)
             data = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
@@ -251,7 +252,8 @@ class _Job:
     def _inputs(self) -> dict[str, Any]:
         return {
             "version": __version__,
-            "fingerprint": self.checkpoint.fingerprint(),
+            "fingerprint": self.source.fingerprint,
+            "graph": file_sha256(self.source.graph_file) if self.source.graph_file else None,
             "shards": [[s.name, s.stat().st_size, s.stat().st_mtime_ns] for s in self.checkpoint.shards],
             "settings": {k: v for k, v in vars(self.settings).items() if k != "quiet"},
         }

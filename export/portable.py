@@ -14,7 +14,7 @@ from qwen_rt.export.passes.compute_dtype import set_compute_dtype
 from qwen_rt.export.stamp import stamp_layers
 from qwen_rt.export.trace import trace_single_layer
 
-__all__ = ["ST_TO_IR", "WeightLocation", "checkpoint_locations", "portable_graph"]
+__all__ = ["ST_TO_IR", "WeightLocation", "attach_weights", "checkpoint_locations", "portable_graph"]
 
 ST_TO_IR = {"F32": ir.DataType.FLOAT, "BF16": ir.DataType.BFLOAT16, "F16": ir.DataType.FLOAT16}
 """safetensors dtype → ONNX dtype."""
@@ -40,7 +40,9 @@ def checkpoint_locations(checkpoint: Checkpoint) -> dict[str, WeightLocation]:
     }
 
 
-def portable_graph(checkpoint: Checkpoint, dtype: str, locations: Mapping[str, WeightLocation]) -> ir.Model:
+def portable_graph(
+    checkpoint: Checkpoint, dtype: str, locations: Mapping[str, WeightLocation], exported: ir.Model | None = None
+) -> ir.Model:
     """Build the graph of a whole model from one traced layer.
 
     Args:
@@ -48,12 +50,13 @@ def portable_graph(checkpoint: Checkpoint, dtype: str, locations: Mapping[str, W
         dtype: Dtype of activations and cache: `float32`, `bfloat16` or `float16`. Weights stay as stored; where the
             two differ, the graph casts.
         locations: Where each parameter's bytes lie.
+        exported: A portable graph of this model, to be taken instead of tracing one; changed in place.
 
     Returns:
         A model at opset 24 with the inputs and outputs of `qwen_rt.tensors`. Each initializer that is named after a
         Hugging Face tensor is an external reference; not one weight byte is read.
     """
-    model = stamp_layers(trace_single_layer(checkpoint.spec, dtype), checkpoint.spec.num_layers)
+    model = exported or stamp_layers(trace_single_layer(checkpoint.spec, dtype), checkpoint.spec.num_layers)
     attach_weights(model, locations)
     return set_compute_dtype(model, dtype)
 

@@ -41,6 +41,10 @@ def set_compute_dtype(model: ir.Model, dtype: str) -> ir.Model:
     for value in (*graph.inputs, *graph.outputs):
         if value.dtype in activation_types and value.name != "logits":
             value.dtype = target
+    for gather in graph:
+        table = gather.inputs[0] if gather.op_type == "Gather" else None
+        if table is not None and table.is_initializer():
+            gather.outputs[0].dtype = table.dtype
     for weight in list(graph.initializers.values()):
         if weight.dtype in floats and weight.dtype != target and not str(weight.name).startswith("/"):
             _cast_weight(model, weight, target)

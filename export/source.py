@@ -1,0 +1,68 @@
+"""What a bundle is built from: a checkpoint, or a portable graph that was exported earlier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from qwen_rt.bundle import MANIFEST_FILE, Bundle
+from qwen_rt.checkpoint import Checkpoint
+from qwen_rt.errors import BundleError
+
+__all__ = ["Source", "open_source"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened source.
+
+    Attributes:
+        checkpoint: Configuration, text files and tensors; a portable graph's tensors lie where it refers to.
+        origin: Absolute path of the checkpoint folder that it all began with.
+        fingerprint: That checkpoint's fingerprint.
+        graph_file: The exported graph; None to trace one.
+    """
+
+    checkpoint: Checkpoint
+    origin: str
+    fingerprint: str
+    graph_file: Path | None = None
+
+    def load_graph(self) -> ir.Model | None:
+        """Read the exported graph without its weights; None if there is none."""
+        if self.graph_file is None:
+            return None
+        try:
+            return ir.serde.deserialize_model(onnx.load_model(str(self.graph_file), load_external_data=False))
+        except Exception as error:  # protobuf's DecodeError is not part of its public interface
+            raise BundleError(
+                f"{self.graph_file} is not an ONNX graph: {error}", fix="export it again: qwen-rt export CHECKPOINT"
+            ) from None
+
+
+def open_source(path: str | Path) -> Source:
+    """Open what `qwen-rt build` was given.
+
+    Args:
+        path: A checkpoint folder, `nano`, or a folder that `qwen-rt export` wrote.
+
+    Raises:
+        CheckpointError, UnsupportedModelError, StorageError: The checkpoint cannot be read or run.
+        BundleError: A bundle of another target, or a portable graph that is damaged or whose shards are gone.
+    """
+    if not (Path(path) / MANIFEST_FILE).is_file():
+        checkpoint = Checkpoint.open(path)
+        return Source(checkpoint, str(checkpoint.path), checkpoint.fingerprint())
+    bundle = Bundle.open(path)
+    link = bundle.manifest.checkpoint
+    if bundle.manifest.target != "portable":
+        raise BundleError(
+            f"{path} is a bundle of target {bundle.manifest.target}",
+            "a checkpoint or a portable graph",
+            f"build from its checkpoint: {link.path}",
+        )
+    shards = [Path(shard.path) for _, shard in sorted(link.shards.items())] or sorted(bundle.weight_files.values())
+    return Source(Checkpoint.open(bundle.path, shards), link.path, link.fingerprint, bundle.graph_file)
