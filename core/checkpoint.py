@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from qwen_rt.errors import CheckpointError
 from qwen_rt.safetensors_header import ShardHeader, TensorRef, read_errors, read_header
 from qwen_rt.spec import ModelDtype, ModelSpec

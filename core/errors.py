@@ -1,16 +1,16 @@
 """Typed errors: each says what was wrong, what was expected and what to do next, in one line.
 
-    QwenRtError                     exit code 1
-    ├── UsageError                  exit code 2: an argument or option that cannot be used
-    │   └── CapacityError           a request larger than the KV cache or the context
-    ├── CheckpointError             config, index or shard of a checkpoint that cannot be read
-    ├── UnsupportedModelError       a readable checkpoint that needs something not implemented
-    ├── GraphError                  a graph that lacks what the pass or the session relies on
-    ├── BundleError                 a bundle that is incomplete, tampered with, or of another format
-    ├── TextError                   tokenizer, chat template or detokenizer trouble
-    ├── StorageError                no space, no permission, a path that is in the way
-    ├── MissingDependencyError      an optional package is not installed
-    └── VerificationError           a comparison ended out of tolerance
+QwenRtError                     exit code 1
+├── UsageError                  exit code 2: an argument or option that cannot be used
+│   └── CapacityError           a request larger than the KV cache or the context
+├── CheckpointError             config, index or shard of a checkpoint that cannot be read
+├── UnsupportedModelError       a readable checkpoint that needs something not implemented
+├── GraphError                  a graph that lacks what the pass or the session relies on
+├── BundleError                 a bundle that is incomplete, tampered with, or of another format
+├── TextError                   tokenizer, chat template or detokenizer trouble
+├── StorageError                no space, no permission, a path that is in the way
+├── MissingDependencyError      an optional package is not installed
+└── VerificationError           a comparison ended out of tolerance
 """
 
 from __future__ import annotations

@@ -96,7 +96,9 @@ def inspect(path: str | Path) -> Inspection:
 
 
 def _model_facts(spec: ModelSpec) -> dict[str, str]:
-    rope = f"theta {spec.rope.theta:g}" + ("" if spec.rope.kind == "default" else f", {spec.rope.kind} x{spec.rope.factor:g}")
+    rope = f"theta {spec.rope.theta:g}" + (
+        "" if spec.rope.kind == "default" else f", {spec.rope.kind} x{spec.rope.factor:g}"
+    )
     return {
         "model": f"{spec.architecture}, {spec.num_parameters / 1e6:,.1f} M parameters",
         "layers": f"{spec.num_layers} x hidden {spec.hidden_size}, ffn {spec.intermediate_size}",

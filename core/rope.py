@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+
 from qwen_rt.errors import CheckpointError, UnsupportedModelError
 from qwen_rt.strict_json import check_bool, check_float, check_int, name_some, show
 

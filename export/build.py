@@ -275,9 +275,7 @@ class _Job:
 
     def _write_journal(self) -> None:
         files = {name: [entry.nbytes, entry.sha256] for name, entry in (self.reusable | self.files).items()}
-        atomic_write_bytes(
-            self.stage / _JOURNAL, json.dumps({"inputs": self._inputs(), "files": files}).encode()
-        )
+        atomic_write_bytes(self.stage / _JOURNAL, json.dumps({"inputs": self._inputs(), "files": files}).encode())
 
 
 def _moved(place: WeightLocation, file: Path) -> WeightLocation:

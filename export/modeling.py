@@ -25,7 +25,9 @@ OPSET = 24
 Shape = Sequence[int | torch.SymInt]
 
 
-def _emit(op: str, inputs: Sequence[Tensor | None], attrs: Mapping[str, object], dtype: torch.dtype, shape: Shape) -> Tensor:
+def _emit(
+    op: str, inputs: Sequence[Tensor | None], attrs: Mapping[str, object], dtype: torch.dtype, shape: Shape
+) -> Tensor:
     """Emit one ONNX node and give its output a dtype and a shape, which is all that tracing needs."""
     return cast(
         Tensor,
@@ -194,7 +196,5 @@ class Qwen2ForCausalLM(nn.Module):
         logits_indices: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return `logits: float32[B, V]` and the written caches of the layer."""
-        hidden, keys, values = self.model(
-            input_ids, past_key, past_value, write_indices, kv_lengths, logits_indices
-        )
+        hidden, keys, values = self.model(input_ids, past_key, past_value, write_indices, kv_lengths, logits_indices)
         return self.lm_head(hidden).to(torch.float32), keys, values

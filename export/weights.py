@@ -116,7 +116,11 @@ def _blocks(checkpoint: Checkpoint, plan: PlannedFile) -> Iterator[bytes]:
             block = flat[start : start + _BLOCK_ELEMENTS].astype(np.float32)
             with np.errstate(over="ignore"):
                 converted = block.astype(target)
-            if target == np.float16 and not np.isfinite(converted.astype(np.float32)).all() and np.isfinite(block).all():
+            if (
+                target == np.float16
+                and not np.isfinite(converted.astype(np.float32)).all()
+                and np.isfinite(block).all()
+            ):
                 raise StorageError(
                     f"tensor {name} holds {np.abs(block).max():g}, beyond float16",
                     "values up to 65504",

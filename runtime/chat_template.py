@@ -22,6 +22,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+
 from qwen_rt.errors import QwenRtError, TextError, UsageError
 from qwen_rt.runtime.tokenizer import Tokenizer
 
@@ -34,7 +35,7 @@ QWEN2_CHAT_TEMPLATE = (
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-MAX_STEPS = 1_000_000  # loop iterations and calls of one rendering: well under a second
+MAX_STEPS = 300_000  # loop iterations and calls of one rendering: a second or so
 MAX_PROMPT_CHARS = 16 * 2**20  # far beyond a context of 131,072 tokens
 MAX_REPEAT = 2**20  # length of a string or list made by `*`
 MAX_POWER_BITS = 4096

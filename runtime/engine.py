@@ -110,9 +110,7 @@ class Engine:
         logits = self.session.run(cache, 0, input_ids, positions, np.zeros_like(positions))
         yield from self._choose(sampler, running, logits)
 
-    def _choose(
-        self, sampler: Sampler, requests: Sequence[Request], logits: np.ndarray
-    ) -> Iterator[StreamChunk]:
+    def _choose(self, sampler: Sampler, requests: Sequence[Request], logits: np.ndarray) -> Iterator[StreamChunk]:
         result = sampler.sample(logits, [request.sampler_row for request in requests])
         chunks = [
             request.append(int(token), logprobs)

@@ -42,6 +42,7 @@ class LLM:
         spec: The model's hyperparameters.
         max_length: Tokens that prompt and output can have together.
         generation_config: Defaults of sampling, from `generation_config.json`.
+        session: The graph, for those who want logits rather than text.
 
     Raises:
         BundleError: It is no bundle, is incomplete, or was changed after the build.
@@ -66,9 +67,9 @@ class LLM:
         self.spec, self.max_length = opened.manifest.model, opened.manifest.max_length
         self.tokenizer = Tokenizer.from_folder(opened.path)
         self.generation_config = _read_generation_config(opened.path)
-        self._session = CpuSession(opened, num_threads)
+        self.session = CpuSession(opened, num_threads)
         num_tokens = min(self.tokenizer.vocab_size, self.spec.vocab_size)
-        self._engine = Engine(self._session, num_tokens, max_num_seqs)
+        self._engine = Engine(self.session, num_tokens, max_num_seqs)
         self._template: ChatTemplate | None = None
 
     def generate(

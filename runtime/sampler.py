@@ -13,7 +13,8 @@ gives the same tokens at any batch position, among any batch mates, and when it 
 each by whole-row numpy operations: a row of 152,064 logits outgrows the first cache levels, so a [B, V] pass would
 only add temporaries.
 
-Cost of a row of 152,064 on one 2.5 GHz core: greedy 0.02 ms, top-k or top-p 1 to 3 ms, temperature alone 4 ms.
+Cost of a row of 152,064 on one server core: greedy 0.02 ms, with penalties 0.08 ms; top-k 1 ms; top-p 2.5 ms (6 ms
+where the softmax is nearly flat); temperature alone 2.5 ms; top log probabilities 1 ms.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
 from qwen_rt.errors import QwenRtError, UsageError
 from qwen_rt.runtime.sampling_params import SamplingParams
 
@@ -279,8 +281,8 @@ class _TokenCounts:
         """Apply the three penalties to logits f32[num_tokens], in place."""
         ids, counts = self._ids[: len(self._slot_of_token)], self._counts[: len(self._slot_of_token)]
         values = x[ids]
-        penalty = np.float32(params.repetition_penalty)
-        with np.errstate(over="ignore"):  # an extreme penalty; the caller looks at the result
+        with np.errstate(all="ignore"):  # an extreme penalty overflows; the caller looks at the result
+            penalty = np.float32(params.repetition_penalty)
             values = np.where(values > 0, values / penalty, values * penalty)
         values -= np.float32(params.frequency_penalty) * counts
         values -= np.float32(params.presence_penalty) * (counts > 0)

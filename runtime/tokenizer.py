@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from qwen_rt.errors import TextError, UsageError
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from qwen_rt.errors import TextError, UsageError
 
 __all__ = ["PRETOKENIZE_PATTERN", "Tokenizer", "build_backend"]
 
@@ -298,10 +299,10 @@ def _declared_added_tokens(config: Mapping[str, Any], path: Path) -> Iterator[tu
     """Yield ``added_tokens_decoder`` in id order: the order of adding gives the ids."""
     declared = config.get("added_tokens_decoder") or {}
     try:
-        for key in sorted(declared, key=int):
-            flags = {name: declared[key].get(name, False) for name in ("lstrip", "rstrip", "single_word", "special")}
-            normalized = declared[key].get("normalized", not flags["special"])
-            yield int(key), AddedToken(_content(declared[key]), normalized=normalized, **flags)
+        for key, token in sorted(declared.items(), key=lambda item: int(item[0])):
+            flags = {name: token.get(name, False) for name in ("lstrip", "rstrip", "single_word", "special")}
+            normalized = token.get("normalized", not flags["special"])
+            yield int(key), AddedToken(_content(token), normalized=normalized, **flags)
     except (ValueError, TypeError, AttributeError) as error:
         raise TextError(f"{path}: added_tokens_decoder: {error}", '{"id": {"content": "...", ...}}') from error
 

@@ -67,7 +67,9 @@ def run(args: argparse.Namespace) -> int:
         for prompt, output in zip(prompts, outputs, strict=True):
             print(output.text if len(prompts) == 1 else f"> {prompt}\n{output.text}\n")
     if args.json is not None:
-        lines = "".join(json.dumps(_record(p, o), ensure_ascii=False) + "\n" for p, o in zip(prompts, outputs, strict=True))
+        lines = "".join(
+            json.dumps(_record(p, o), ensure_ascii=False) + "\n" for p, o in zip(prompts, outputs, strict=True)
+        )
         if to_stdout:
             sys.stdout.write(lines)
         else:

@@ -6,7 +6,15 @@ import numpy as np
 import onnx_ir as ir
 
 from qwen_rt import tensors
-from qwen_rt.export.passes.graph_tools import CONTRIB_DOMAIN, constant, insert, made_by, nodes_of_type, prune, replace_value
+from qwen_rt.export.passes.graph_tools import (
+    CONTRIB_DOMAIN,
+    constant,
+    insert,
+    made_by,
+    nodes_of_type,
+    prune,
+    replace_value,
+)
 from qwen_rt.spec import ModelSpec
 
 __all__ = ["fuse_group_query_attention"]

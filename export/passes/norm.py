@@ -39,7 +39,9 @@ def fuse_norm(model: ir.Model) -> ir.Model:
             replace_value(model, x, fused.outputs[3])
         else:
             attrs: dict[str, int | float] = {"axis": -1, "epsilon": epsilon, "stash_type": 1}
-            fused = insert(norm, "SimplifiedLayerNormalization", [x, weight], f"{scope}/SimplifiedLayerNormalization", attrs)
+            fused = insert(
+                norm, "SimplifiedLayerNormalization", [x, weight], f"{scope}/SimplifiedLayerNormalization", attrs
+            )
             replace_value(model, norm.outputs[0], fused.outputs[0])
     model.opset_imports.setdefault(CONTRIB_DOMAIN, 1)
     return prune(model)

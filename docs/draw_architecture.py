@@ -1,0 +1,114 @@
+"""Draw docs/architecture.svg from the imports that stand in the tree.
+
+    python docs/draw_architecture.py            write it
+    python docs/draw_architecture.py --check    exit 1 if it is out of date
+
+An arrow from A to B means that a file of folder A imports package B. Libraries that a folder imports are named in it.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PICTURE = ROOT / "docs" / "architecture.svg"
+
+# Folder → (x, y, what it does). The command line is a part of core that dispatches to all, so it has a box of its own.
+BOXES = {
+    "core/cli": (280, 20, "the command qwen-rt"),
+    "benchmarks": (560, 20, "verify, timing, peers, nano"),
+    "export": (40, 150, "checkpoint → graph → bundle"),
+    "runtime": (520, 150, "bundle → tokens → text"),
+    "plugins": (280, 260, "references, kernels"),
+    "core": (280, 370, "spec, checkpoint, bundle, errors"),
+}
+WIDTH, HEIGHT = 240, 74
+PACKAGES = {
+    "core": "qwen_rt",
+    "core/cli": "qwen_rt.cli",
+    **{name: f"qwen_rt.{name}" for name in ("export", "runtime", "plugins", "benchmarks")},
+}
+LIBRARIES = ("torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "tokenizers", "jinja2", "numpy")
+
+
+def _files(folder: str) -> Iterator[Path]:
+    for file in sorted((ROOT / folder).rglob("*.py")):
+        if folder != "core" or "cli" not in file.relative_to(ROOT / "core").parts:
+            yield file
+
+
+def _imports(folder: str) -> set[str]:
+    found: set[str] = set()
+    for file in _files(folder):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module)
+                found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def _owner(module: str) -> str | None:
+    """The folder that a module of this project stands in."""
+    for folder in ("core/cli", "export", "runtime", "plugins", "benchmarks"):
+        if module == PACKAGES[folder] or module.startswith(PACKAGES[folder] + "."):
+            return folder
+    return "core" if module.startswith("qwen_rt.") else None
+
+
+def _edge(source: str, target: str) -> str:
+    (x1, y1, _), (x2, y2, _) = BOXES[source], BOXES[target]
+    cx1, cx2 = x1 + WIDTH / 2, x2 + WIDTH / 2
+    if y1 == y2:
+        begin, end = (x1 if x1 > x2 else x1 + WIDTH, y1 + HEIGHT / 2), (x2 + WIDTH if x1 > x2 else x2, y2 + HEIGHT / 2)
+    else:
+        shift = max(-90.0, min(90.0, (cx1 - cx2) / 3))
+        begin, end = (cx1 - shift / 2, y1 + HEIGHT), (cx2 + shift, y2)
+    return (
+        f'<line x1="{begin[0]:.0f}" y1="{begin[1]:.0f}" x2="{end[0]:.0f}" y2="{end[1]:.0f}" '
+        'stroke="#456" stroke-width="1.5" marker-end="url(#tip)"/>'
+    )
+
+
+def draw() -> str:
+    """Return the picture as SVG."""
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 840 464" font-family="sans-serif">',
+        '<defs><marker id="tip" markerWidth="9" markerHeight="8" refX="8" refY="4" orient="auto">'
+        '<path d="M0,0 L9,4 L0,8 z" fill="#456"/></marker></defs>',
+        '<rect width="840" height="464" fill="#fff"/>',
+    ]
+    boxes = []
+    for folder, (x, y, what) in BOXES.items():
+        imports = _imports(folder)
+        targets = sorted({owner for module in imports if (owner := _owner(module)) not in (None, folder)})
+        hidden = folder == "core" or folder == "core/cli"  # core reaches up only lazily, for the API and the commands
+        parts += [_edge(folder, t) for t in targets if t is not None and not (hidden and folder == "core")]
+        used = [lib for lib in LIBRARIES if any(m == lib or m.startswith(lib + ".") for m in imports)]
+        fill = "#eef4ea" if folder == "core" else "#eaf1f8"
+        boxes.append(f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="6" fill="{fill}" stroke="#456"/>')
+        for dy, size, text in ((22, 16, f"{folder}/"), (42, 12, what), (61, 11, ", ".join(used))):
+            weight = ' font-weight="bold"' if dy == 22 else ' fill="#345"'
+            boxes.append(f'<text x="{x + 12}" y="{y + dy}" font-size="{size}"{weight}>{text}</text>')
+    return "\n".join([*parts, *boxes, "</svg>", ""])
+
+
+def main() -> int:
+    """Write the picture, or with --check compare it."""
+    picture = draw()
+    if "--check" in sys.argv[1:]:
+        current = PICTURE.read_text(encoding="utf-8") if PICTURE.exists() else ""
+        if current != picture:
+            print("docs/architecture.svg is out of date; run python docs/draw_architecture.py", file=sys.stderr)
+            return 1
+        return 0
+    PICTURE.write_text(picture, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

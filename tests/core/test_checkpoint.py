@@ -1,0 +1,429 @@
+"""Opening checkpoints: layouts, laziness, values, hashes, every refusal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from qwen_rt.checkpoint import Checkpoint, shard_sha256, to_float32
+from qwen_rt.errors import CheckpointError, QwenRtError, StorageError, UnsupportedModelError
+from qwen_rt.safetensors_header import TensorRef, write_header
+from qwen_rt.spec import ModelSpec
+
+TINY: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+    "vocab_size": 40,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+QWEN2_72B = {
+    **TINY,
+    "hidden_size": 8192,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "intermediate_size": 29568,
+    "vocab_size": 152064,
+}
+Tensors = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def tensors_of(config: dict[str, Any], dtype: str = "BF16") -> Tensors:
+    return {name: (dtype, shape) for name, shape in ModelSpec.from_config(config).parameters().items()}
+
+
+def write_shard(path: Path, tensors: Tensors) -> None:
+    """Write a sparse file: a true header, and data that is all holes."""
+    header, ranges = write_header([(name, dtype, shape) for name, (dtype, shape) in tensors.items()], {"format": "pt"})
+    path.write_bytes(header)
+    os.truncate(path, len(header) + sum(part.nbytes for part in ranges.values()))
+
+
+def write_checkpoint(
+    folder: Path, config: dict[str, Any] = TINY, tensors: Tensors | None = None, num_shards: int = 0
+) -> Path:
+    """Write a checkpoint of one file, or of `num_shards` with an index."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = tensors_of(config) if tensors is None else tensors
+    if not num_shards:
+        write_shard(folder / "model.safetensors", tensors)
+        return folder
+    weight_map: dict[str, str] = {}
+    names = list(tensors)
+    for i in range(num_shards):
+        shard = f"model-{i + 1:05d}-of-{num_shards:05d}.safetensors"
+        part = names[i * len(names) // num_shards : (i + 1) * len(names) // num_shards]
+        write_shard(folder / shard, {name: tensors[name] for name in part})
+        weight_map |= dict.fromkeys(part, shard)
+    write_index(folder, weight_map)
+    return folder
+
+
+def write_index(folder: Path, weight_map: object) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def weight_map_of(folder: Path) -> dict[str, str]:
+    weight_map: dict[str, str] = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    return weight_map
+
+
+def refusal(path: str | Path) -> QwenRtError:
+    with pytest.raises(QwenRtError) as caught:
+        Checkpoint.open(path)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+class TestOpen:
+    @pytest.mark.parametrize("num_shards", [0, 3])
+    def test_layouts(self, tmp_path: Path, num_shards: int) -> None:
+        checkpoint = Checkpoint.open(str(write_checkpoint(tmp_path, num_shards=num_shards)))
+        assert checkpoint.spec == ModelSpec.from_config(TINY)
+        assert checkpoint.config == TINY
+        assert checkpoint.generation_config == {}
+        assert list(checkpoint.tensors) == list(checkpoint.spec.parameters())
+        assert len(checkpoint.shards) == max(1, num_shards)
+        ref = checkpoint.tensors["model.layers.1.self_attn.k_proj.bias"]
+        assert (ref.dtype, ref.shape, ref.nbytes, ref.path.parent) == ("BF16", (8,), 16, tmp_path)
+        assert checkpoint.ignored == checkpoint.unexpected == ()
+
+    def test_single_file_comes_before_an_index(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path, num_shards=2)
+        write_checkpoint(tmp_path)
+        assert [path.name for path in Checkpoint.open(tmp_path).shards] == ["model.safetensors"]
+
+    def test_generation_config(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path)
+        (tmp_path / "generation_config.json").write_text('{"temperature": 0.7}')
+        assert Checkpoint.open(tmp_path).generation_config == {"temperature": 0.7}
+        (tmp_path / "generation_config.json").write_text("[1]")
+        assert "generation_config.json holds a list of 1; expected a JSON object" in str(refusal(tmp_path))
+
+    def test_relative_path_survives_a_change_of_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        write_checkpoint(tmp_path / "model")
+        monkeypatch.chdir(tmp_path)
+        checkpoint = Checkpoint.open("model")
+        monkeypatch.chdir("/")
+        assert checkpoint.read("model.norm.weight").shape == (16,)
+
+    def test_hugging_face_cache_of_symlinks(self, tmp_path: Path) -> None:
+        source = write_checkpoint(tmp_path / "source", num_shards=2)
+        blobs, snapshot = tmp_path / "models--Qwen--X" / "blobs", tmp_path / "models--Qwen--X" / "snapshots" / "abc"
+        blobs.mkdir(parents=True)
+        snapshot.mkdir(parents=True)
+        for i, path in enumerate(sorted(source.iterdir())):
+            shutil.move(path, blobs / f"blob{i}")
+            (snapshot / path.name).symlink_to(f"../../blobs/blob{i}")
+        checkpoint = Checkpoint.open(snapshot)
+        assert {path.parent for path in checkpoint.shards} == {blobs}
+        ref = checkpoint.tensors["lm_head.weight"]
+        assert ref.path == snapshot / "model-00002-of-00002.safetensors"
+        assert ref.real_path.parent == blobs
+        assert checkpoint.read("lm_head.weight").shape == (40, 16)
+        ref.real_path.unlink()
+        assert "shard model-00002-of-00002.safetensors is missing" in str(refusal(snapshot))
+
+    def test_dtype_of_the_weights_where_the_config_names_none(self, tmp_path: Path) -> None:
+        config = {key: value for key, value in TINY.items() if key != "torch_dtype"}
+        write_checkpoint(tmp_path, config, tensors_of(config, "F16"))
+        assert Checkpoint.open(tmp_path).spec.dtype == "float16"
+
+    def test_tensors_of_no_use(self, tmp_path: Path) -> None:
+        tied = {**TINY, "tie_word_embeddings": True}
+        extra: Tensors = {
+            "lm_head.weight": ("BF16", (40, 16)),
+            "model.layers.0.self_attn.rotary_emb.inv_freq": ("F32", (2,)),
+            "value_head.weight": ("I64", (1,)),
+        }
+        checkpoint = Checkpoint.open(write_checkpoint(tmp_path, tied, tensors_of(tied) | extra))
+        assert checkpoint.ignored == ("lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq")
+        assert checkpoint.unexpected == ("value_head.weight",)
+        assert not extra.keys() & checkpoint.tensors.keys()
+
+    def test_72b_opens_in_no_time_and_memory(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path, QWEN2_72B, num_shards=37)
+        start = time.perf_counter()
+        checkpoint = Checkpoint.open(tmp_path)
+        seconds = time.perf_counter() - start
+        assert (len(checkpoint.shards), len(checkpoint.tensors)) == (37, 963)
+        assert sum(header.nbytes for header in checkpoint.headers) > 145e9
+        assert seconds < 1.0
+        tracemalloc.start()
+        checkpoint.read("model.layers.79.mlp.down_proj.weight")
+        checkpoint.fingerprint()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 1 << 20
+
+
+class TestNano:
+    @pytest.fixture
+    def shipped(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A package `qwen_rt.nano` with a tiny checkpoint in place of the shipped one."""
+        folder = write_checkpoint(tmp_path / "package")
+        monkeypatch.setattr("importlib.resources.files", lambda package: tmp_path / "package")
+        return folder
+
+    def test_by_name(self, shipped: Path) -> None:
+        assert Checkpoint.open("nano").path == shipped
+
+    def test_shipped_one_wins_over_a_folder(
+        self, shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        mine = write_checkpoint(tmp_path / "nano", {**TINY, "vocab_size": 41})
+        monkeypatch.chdir(tmp_path)
+        assert Checkpoint.open("nano").path == shipped
+        assert Checkpoint.open("./nano").path == mine
+        assert Checkpoint.open(Path("nano")).path == mine
+
+    def test_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def absent(package: str) -> Path:
+            raise ModuleNotFoundError(package)
+
+        monkeypatch.setattr("importlib.resources.files", absent)
+        assert "the nano checkpoint is not installed" in str(refusal("nano"))
+
+
+class TestRead:
+    def test_values(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path)
+        checkpoint = Checkpoint.open(tmp_path)
+        ref = checkpoint.tensors["model.norm.weight"]
+        values = np.array([1.0, -2.5, np.inf, 3.0e38, *range(12)], np.float32)
+        bits = (values.view(np.uint32) >> 16).astype("<u2")
+        with open(tmp_path / "model.safetensors", "r+b") as file:
+            file.seek(ref.offset)
+            file.write(bits.tobytes())
+        array = checkpoint.read("model.norm.weight")
+        assert (str(array.dtype), array.shape, array.flags.writeable) == ("uint16", (16,), False)
+        np.testing.assert_array_equal(array, bits)
+        np.testing.assert_array_equal(to_float32(ref, array), (bits.astype(np.uint32) << 16).view(np.float32))
+        assert to_float32(ref, array)[1] == -2.5
+
+    @pytest.mark.parametrize(("stored", "kind"), [("F16", "float16"), ("F32", "float32")])
+    def test_other_dtypes(self, tmp_path: Path, stored: str, kind: str) -> None:
+        checkpoint = Checkpoint.open(write_checkpoint(tmp_path, TINY, tensors_of(TINY, stored)))
+        name = "model.layers.0.mlp.up_proj.weight"
+        array = checkpoint.read(name)
+        assert (str(array.dtype), array.shape) == (kind, (24, 16))
+        wide = to_float32(checkpoint.tensors[name], array)
+        assert wide.dtype == np.float32
+        assert np.shares_memory(wide, array) == (stored == "F32")
+
+    def test_to_float32_refuses_integers(self) -> None:
+        with pytest.raises(CheckpointError, match='tensor "t" has dtype I64; expected BF16, F16, F32'):
+            to_float32(TensorRef("t", "I64", (1,), Path("x"), 0, 8), np.zeros(1, np.int64))
+
+    def test_bf16_is_what_ml_dtypes_says(self) -> None:
+        ml_dtypes = pytest.importorskip("ml_dtypes")
+        bits = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
+        ours = to_float32(TensorRef("t", "BF16", (1 << 16,), Path("x"), 0, 1 << 17), bits)
+        np.testing.assert_array_equal(ours, bits.view(ml_dtypes.bfloat16).astype(np.float32))
+
+    def test_unknown_name(self, tmp_path: Path) -> None:
+        checkpoint = Checkpoint.open(write_checkpoint(tmp_path))
+        with pytest.raises(CheckpointError, match=r'no tensor "model\.norm\.bias"'):
+            checkpoint.read("model.norm.bias")
+
+    def test_file_that_shrank_after_opening(self, tmp_path: Path) -> None:
+        checkpoint = Checkpoint.open(write_checkpoint(tmp_path))
+        os.truncate(tmp_path / "model.safetensors", 1000)
+        with pytest.raises(CheckpointError, match=r"has 1000 bytes, .* when it was opened"):
+            checkpoint.read("lm_head.weight")
+        (tmp_path / "model.safetensors").unlink()
+        with pytest.raises(StorageError, match=r"model\.safetensors cannot be read: No such file"):
+            checkpoint.read("lm_head.weight")
+
+
+class TestHashes:
+    def test_fingerprint_follows_configs_and_headers(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path, num_shards=2)
+        first = Checkpoint.open(tmp_path).fingerprint()
+        assert first == Checkpoint.open(tmp_path).fingerprint()
+        assert len(first) == 64
+        write_index(tmp_path, dict(reversed(weight_map_of(tmp_path).items())))
+        second = Checkpoint.open(tmp_path).fingerprint()
+        (tmp_path / "config.json").write_text(json.dumps(TINY) + " ")
+        third = Checkpoint.open(tmp_path).fingerprint()
+        shard = tmp_path / "model-00001-of-00002.safetensors"
+        shard.write_bytes(shard.read_bytes().replace(b'"pt"', b'"np"'))
+        fourth = Checkpoint.open(tmp_path).fingerprint()
+        assert len({first, second, third, fourth}) == 4
+
+    def test_fingerprint_does_not_depend_on_the_folder(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path / "a", num_shards=2)
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+        assert Checkpoint.open(tmp_path / "a").fingerprint() == Checkpoint.open(tmp_path / "b").fingerprint()
+
+    def test_shard_sha256(self, tmp_path: Path) -> None:
+        path = tmp_path / "data"
+        path.write_bytes(bytes(range(256)) * 40_000)
+        done: list[int] = []
+        assert shard_sha256(path, done.append) == hashlib.sha256(path.read_bytes()).hexdigest() == shard_sha256(path)
+        assert done == [8 << 20, 10_240_000 - (8 << 20)]
+        with pytest.raises(StorageError, match="cannot be read: No such file"):
+            shard_sha256(tmp_path / "absent")
+
+
+class TestRefused:
+    def test_paths(self, tmp_path: Path) -> None:
+        folder = write_checkpoint(tmp_path / "model")
+        assert "absent does not exist; expected a checkpoint folder" in str(refusal(tmp_path / "absent"))
+        error = refusal(folder / "model.safetensors")
+        assert "model.safetensors is a file; expected a checkpoint folder with config.json" in str(error)
+        assert isinstance(refusal("x" * 5000), StorageError)
+        assert isinstance(refusal("nul\0byte"), StorageError)
+
+    @pytest.mark.parametrize(
+        ("content", "fragment"),
+        [
+            (None, "config.json is missing; expected a checkpoint folder"),
+            (b"{", "config.json is not valid JSON"),
+            (b"", "config.json is not valid JSON"),
+            (b"[]", "config.json holds a list of 0; expected a JSON object"),
+            (b"\xff\xfe{}", "config.json is not UTF-8 at byte 0"),
+            (b'{"a": 1, "a": 2}', 'key "a" is given twice'),
+            (b'{"a": "\\ud800"}', "surrogates not allowed"),
+            (b'{"a": ' + b"9" * 5000 + b"}", "integer of 5000 digits"),
+            (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "config.json is nested too deeply"),
+            (b'{"a": [' + b"0," * 1_000_001 + b"0]}", "more than 1000000 JSON values"),
+            (b" " * (5 << 20), "config.json is larger than 4194304 bytes"),
+        ],
+    )
+    def test_config(self, tmp_path: Path, content: bytes | None, fragment: str) -> None:
+        write_checkpoint(tmp_path)
+        (tmp_path / "config.json").unlink()
+        if content is not None:
+            (tmp_path / "config.json").write_bytes(content)
+        error = refusal(tmp_path)
+        assert isinstance(error, CheckpointError)
+        assert fragment in str(error)
+
+    def test_config_of_another_model(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path)
+        (tmp_path / "config.json").write_text(json.dumps({**TINY, "model_type": "llama"}))
+        assert isinstance(refusal(tmp_path), UnsupportedModelError)
+
+    def test_config_that_is_a_folder_or_pipe(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path)
+        (tmp_path / "config.json").unlink()
+        (tmp_path / "config.json").mkdir()
+        assert "config.json is not a regular file" in str(refusal(tmp_path))
+        (tmp_path / "config.json").rmdir()
+        os.mkfifo(tmp_path / "config.json")
+        assert "config.json is not a regular file" in str(refusal(tmp_path))
+
+    def test_no_weights(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path)
+        (tmp_path / "model.safetensors").unlink()
+        error = refusal(tmp_path)
+        assert "has no weights; expected model.safetensors or model.safetensors.index.json" in str(error)
+        (tmp_path / "pytorch_model-00001-of-00002.bin").touch()
+        assert "pytorch_model.bin weights only" in str(refusal(tmp_path))
+        assert "convert it to safetensors" in str(refusal(tmp_path))
+
+    @pytest.mark.parametrize("weight_map", [None, {}, [], "model.safetensors"])
+    def test_index_without_a_map(self, tmp_path: Path, weight_map: Any) -> None:
+        write_checkpoint(tmp_path, num_shards=2)
+        write_index(tmp_path, weight_map)
+        assert "has weight_map=" in str(refusal(tmp_path))
+
+    @pytest.mark.parametrize(
+        "shard",
+        [
+            "../model.safetensors",
+            "/etc/model.safetensors",
+            "sub/model.safetensors",
+            "a\\b.safetensors",
+            "..",
+            "",
+            "nul\0.safetensors",
+            "line\n.safetensors",
+            "model.bin",
+            "x" * 300 + ".safetensors",
+            7,
+            None,
+            ["model.safetensors"],
+        ],
+    )
+    def test_index_pointing_out_of_the_folder(self, tmp_path: Path, shard: Any) -> None:
+        write_checkpoint(tmp_path, num_shards=2)
+        write_index(tmp_path, {**weight_map_of(tmp_path), "lm_head.weight": shard})
+        error = refusal(tmp_path)
+        assert 'stores tensor "lm_head.weight" in ' in str(error)
+        assert "expected the name of a .safetensors file inside the checkpoint folder" in str(error)
+
+    def test_missing_shards(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path, num_shards=8)
+        (tmp_path / "model-00003-of-00008.safetensors").unlink()
+        error = refusal(tmp_path)
+        assert str(error).startswith(f"shard model-00003-of-00008.safetensors is missing from {tmp_path}")
+        assert str(error).endswith("download them again")
+        for i in (4, 5, 6, 7):
+            (tmp_path / f"model-0000{i}-of-00008.safetensors").unlink()
+        assert "model-00005-of-00008.safetensors and 2 more are missing" in str(refusal(tmp_path))
+
+    def test_index_naming_what_a_shard_lacks(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path, num_shards=2)
+        write_index(tmp_path, weight_map_of(tmp_path) | {"lm_head.weight": "model-00001-of-00002.safetensors"})
+        error = refusal(tmp_path)
+        assert "places lm_head.weight where it is not, the first in model-00001-of-00002.safetensors" in str(error)
+
+    def test_truncated_shard(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path, num_shards=2)
+        shard = tmp_path / "model-00002-of-00002.safetensors"
+        nbytes = shard.stat().st_size
+        os.truncate(shard, nbytes - 1)
+        error = refusal(tmp_path)
+        assert f"00002.safetensors is cut short: its header says {nbytes} bytes, the file has {nbytes - 1}" in str(
+            error
+        )
+        assert str(error).endswith("download it again")
+        os.truncate(shard, nbytes + 1)
+        assert "has bytes behind its last tensor" in str(refusal(tmp_path))
+
+    def test_missing_tensors(self, tmp_path: Path) -> None:
+        tensors = tensors_of(TINY)
+        del tensors["model.norm.weight"]
+        error = refusal(write_checkpoint(tmp_path, TINY, tensors))
+        assert "lacks 1 of 27 tensors: model.norm.weight; expected every tensor that config.json implies" in str(error)
+        error = refusal(write_checkpoint(tmp_path, TINY, {"model.norm.weight": ("BF16", (16,))}))
+        assert "lacks 26 of 27 tensors: lm_head.weight, model.embed_tokens.weight, " in str(error)
+        assert "and 23 more" in str(error)
+
+    def test_dtypes(self, tmp_path: Path) -> None:
+        tensors = tensors_of(TINY) | {"lm_head.weight": ("F8_E4M3", (40, 16))}
+        error = refusal(write_checkpoint(tmp_path, TINY, tensors))
+        assert "F8_E4M3 weights in 1 of 27 tensors: lm_head.weight; expected BF16 or F16 or F32" in str(error)
+
+    def test_shapes(self, tmp_path: Path) -> None:
+        tensors = tensors_of(TINY) | {"lm_head.weight": ("BF16", (41, 16))}
+        error = refusal(write_checkpoint(tmp_path, TINY, tensors))
+        assert "wrong shape of 1 of 27 tensors: lm_head.weight [41, 16] (expected [40, 16])" in str(error)
+        error = refusal(write_checkpoint(tmp_path, {**TINY, "intermediate_size": 25}, tensors_of(TINY)))
+        assert "wrong shape of 6 of 27 tensors: model.layers.0.mlp.gate_proj.weight [24, 16] (exp" in str(error)
+        assert "and 3 more; expected the shapes that config.json implies" in str(error)
+
+    def test_names_cannot_forge_lines(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path, num_shards=2)
+        name = "x\nerror: all is well\r\x1b[2J\u2028" + "y" * 5000
+        write_index(tmp_path, {**weight_map_of(tmp_path), name: "model-00001-of-00002.safetensors"})
+        error = refusal(tmp_path)
+        assert str(error).isprintable()
+        assert len(str(error)) < 1000
