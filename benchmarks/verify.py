@@ -136,15 +136,15 @@ def verify(
     cosine = _cosine(actual, expected)
     top1 = float((actual.argmax(-1) == expected.argmax(-1)).mean())
     prefill_error = float(np.abs(prefill - expected[positions]).max()) / scale
-    room = llm.max_length - len(ids)
-    greedy = _greedy_agreement(llm, model, ids, min(greedy_tokens, room))
+    continued = min(greedy_tokens, llm.max_length - len(ids))
+    greedy = _greedy_agreement(llm, model, ids, continued)
     checks = (
-        Check("largest error of a logit, relative", float(error.max()) / scale, *_at_most(error.max() / scale, tolerance.max_relative)),
-        Check("mean error of a logit, relative", float(error.mean()) / scale, *_at_most(error.mean() / scale, tolerance.max_relative)),
-        Check("largest error through prefill, relative", prefill_error, *_at_most(prefill_error, tolerance.max_relative)),
-        Check("smallest cosine of a position", float(cosine.min()), *_at_least(cosine.min(), tolerance.min_cosine)),
-        Check("positions with the same best token", top1, *_at_least(top1, tolerance.min_top1)),
-        Check(f"greedy tokens before a difference, of {min(greedy_tokens, room)}", greedy, *_at_least(greedy, tolerance.min_greedy)),
+        _at_most("largest error of a logit, relative", error.max() / scale, tolerance.max_relative),
+        _at_most("mean error of a logit, relative", error.mean() / scale, tolerance.max_relative),
+        _at_most("largest error through prefill, relative", prefill_error, tolerance.max_relative),
+        _at_least("smallest cosine of a position", cosine.min(), tolerance.min_cosine),
+        _at_least("positions with the same best token", top1, tolerance.min_top1),
+        _at_least(f"greedy tokens before a difference, of {continued}", greedy, tolerance.min_greedy),
     )
     versions = {name: importlib.metadata.version(name) for name in ("onnxruntime", "torch", "transformers")}
     return VerifyResult(
@@ -158,12 +158,12 @@ def verify(
     )
 
 
-def _at_most(value: float, bound: float) -> tuple[str, bool]:
-    return f"<= {bound:g}", bool(value <= bound)
+def _at_most(name: str, value: float, bound: float) -> Check:
+    return Check(name, float(value), f"<= {bound:g}", bool(value <= bound))
 
 
-def _at_least(value: float, bound: float) -> tuple[str, bool]:
-    return f">= {bound:g}", bool(value >= bound)
+def _at_least(name: str, value: float, bound: float) -> Check:
+    return Check(name, float(value), f">= {bound:g}", bool(value >= bound))
 
 
 def _read_ids(llm: LLM, text_file: Path | None, num_tokens: int) -> list[int]:
@@ -182,10 +182,11 @@ def _load_reference(folder: Path, num_threads: int) -> Any:
     from transformers import Qwen2ForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if num_threads:
         torch.set_num_threads(num_threads)
-    return Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model: Any = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return model.eval()
 
 
 def _reference_logits(model: Any, ids: Sequence[int]) -> NDArray[np.float32]:

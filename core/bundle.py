@@ -318,9 +318,9 @@ class Bundle:
         manifest = cls._read_manifest(folder)
         weights: dict[str, Path] = {}
         to_check: list[tuple[Path, FileEntry | ShardEntry, str]] = []
-        for name, entry in manifest.files.items():
+        for name, own in manifest.files.items():
             file = folder / name
-            to_check.append((file, entry, f"{name} of {folder}"))
+            to_check.append((file, own, f"{name} of {folder}"))
             if name.startswith(f"{WEIGHTS_FOLDER}/") and name.endswith(".safetensors"):
                 weights[Path(name).name] = file.resolve()
         for name, shard in manifest.checkpoint.shards.items():

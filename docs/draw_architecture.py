@@ -3,7 +3,8 @@
     python docs/draw_architecture.py            write it
     python docs/draw_architecture.py --check    exit 1 if it is out of date
 
-An arrow from A to B means that a file of folder A imports package B. Libraries that a folder imports are named in it.
+An arrow from A to B means that a file of folder A imports package B. Arrows to core are left out: all have one.
+Libraries that a folder imports are named in it.
 """
 
 from __future__ import annotations
@@ -16,16 +17,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "architecture.svg"
 
-# Folder → (x, y, what it does). The command line is a part of core that dispatches to all, so it has a box of its own.
+# Folder → (x, y, width, what it does). The command line is part of core, but dispatches to all: it has its own box.
 BOXES = {
-    "core/cli": (280, 20, "the command qwen-rt"),
-    "benchmarks": (560, 20, "verify, timing, peers, nano"),
-    "export": (40, 150, "checkpoint → graph → bundle"),
-    "runtime": (520, 150, "bundle → tokens → text"),
-    "plugins": (280, 260, "references, kernels"),
-    "core": (280, 370, "spec, checkpoint, bundle, errors"),
+    "core/cli": (300, 20, 240, "the command qwen-rt"),
+    "export": (20, 150, 240, "checkpoint → graph → bundle"),
+    "benchmarks": (300, 150, 240, "verify, timing, peers, nano"),
+    "runtime": (580, 150, 240, "bundle → tokens → text"),
+    "plugins": (580, 280, 240, "kernels and their references"),
+    "core": (
+        20,
+        410,
+        800,
+        "spec, checkpoint, bundle, errors, storage: every box imports it, and it imports none of them",
+    ),
 }
-WIDTH, HEIGHT = 240, 74
+HEIGHT = 74
 PACKAGES = {
     "core": "qwen_rt",
     "core/cli": "qwen_rt.cli",
@@ -61,15 +67,15 @@ def _owner(module: str) -> str | None:
 
 
 def _edge(source: str, target: str) -> str:
-    (x1, y1, _), (x2, y2, _) = BOXES[source], BOXES[target]
-    cx1, cx2 = x1 + WIDTH / 2, x2 + WIDTH / 2
+    (x1, y1, w1, _), (x2, y2, w2, _) = BOXES[source], BOXES[target]
     if y1 == y2:
-        begin, end = (x1 if x1 > x2 else x1 + WIDTH, y1 + HEIGHT / 2), (x2 + WIDTH if x1 > x2 else x2, y2 + HEIGHT / 2)
+        y = y1 + HEIGHT / 2
+        ends = (x1, y, x2 + w2, y) if x1 > x2 else (x1 + w1, y, x2, y)
     else:
-        shift = max(-90.0, min(90.0, (cx1 - cx2) / 3))
-        begin, end = (cx1 - shift / 2, y1 + HEIGHT), (cx2 + shift, y2)
+        ends = (x1 + w1 / 2, y1 + HEIGHT, x2 + w2 / 2, y2)
+    x_from, y_from, x_to, y_to = ends
     return (
-        f'<line x1="{begin[0]:.0f}" y1="{begin[1]:.0f}" x2="{end[0]:.0f}" y2="{end[1]:.0f}" '
+        f'<line x1="{x_from:.0f}" y1="{y_from:.0f}" x2="{x_to:.0f}" y2="{y_to:.0f}" '
         'stroke="#456" stroke-width="1.5" marker-end="url(#tip)"/>'
     )
 
@@ -77,21 +83,21 @@ def _edge(source: str, target: str) -> str:
 def draw() -> str:
     """Return the picture as SVG."""
     parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 840 464" font-family="sans-serif">',
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 840 504" font-family="sans-serif">',
         '<defs><marker id="tip" markerWidth="9" markerHeight="8" refX="8" refY="4" orient="auto">'
         '<path d="M0,0 L9,4 L0,8 z" fill="#456"/></marker></defs>',
-        '<rect width="840" height="464" fill="#fff"/>',
+        '<rect width="840" height="504" fill="#fff"/>',
     ]
     boxes = []
-    for folder, (x, y, what) in BOXES.items():
+    for folder, (x, y, width, what) in BOXES.items():
         imports = _imports(folder)
-        targets = sorted({owner for module in imports if (owner := _owner(module)) not in (None, folder)})
-        hidden = folder == "core" or folder == "core/cli"  # core reaches up only lazily, for the API and the commands
-        parts += [_edge(folder, t) for t in targets if t is not None and not (hidden and folder == "core")]
+        targets = {_owner(module) for module in imports} - {None, folder, "core"}
+        if folder != "core":  # core reaches up only lazily, for `from qwen_rt import LLM`
+            parts += [_edge(folder, target) for target in sorted(str(t) for t in targets)]
         used = [lib for lib in LIBRARIES if any(m == lib or m.startswith(lib + ".") for m in imports)]
         fill = "#eef4ea" if folder == "core" else "#eaf1f8"
-        boxes.append(f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="6" fill="{fill}" stroke="#456"/>')
-        for dy, size, text in ((22, 16, f"{folder}/"), (42, 12, what), (61, 11, ", ".join(used))):
+        boxes.append(f'<rect x="{x}" y="{y}" width="{width}" height="{HEIGHT}" rx="6" fill="{fill}" stroke="#456"/>')
+        for dy, size, text in ((22, 16, f"{folder}/"), (42, 12, what), (61, 10, ", ".join(used))):
             weight = ' font-weight="bold"' if dy == 22 else ' fill="#345"'
             boxes.append(f'<text x="{x + 12}" y="{y + dy}" font-size="{size}"{weight}>{text}</text>')
     return "\n".join([*parts, *boxes, "</svg>", ""])

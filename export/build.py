@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,7 @@ class _Job:
         self._write_weights(planned, copied)
         for name in TEXT_FILES:
             if (checkpoint.path / name).is_file():
-                self._keep(name, lambda path, name=name: copy_file(checkpoint.path / name, path))
+                self._keep(name, partial(copy_file, checkpoint.path / name))
         links = {} if settings.self_contained else self._link_shards([s for s in shards if s in needed])
         manifest = Manifest(
             target=settings.target,
@@ -212,13 +213,13 @@ class _Job:
             for plan in planned:
                 self._keep(
                     f"{WEIGHTS_FOLDER}/{plan.name}",
-                    lambda path, plan=plan: write_weight_file(self.checkpoint, plan, path, bar.update),
+                    partial(write_weight_file, self.checkpoint, plan, advance=bar.update),
                     bar.update,
                 )
             for shard in copied:
                 self._keep(
                     f"{WEIGHTS_FOLDER}/{shard.name}",
-                    lambda path, shard=shard: copy_file(shard, path, bar.update),
+                    partial(copy_file, shard, advance=bar.update),
                     bar.update,
                 )
 

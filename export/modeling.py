@@ -29,10 +29,7 @@ def _emit(
     op: str, inputs: Sequence[Tensor | None], attrs: Mapping[str, object], dtype: torch.dtype, shape: Shape
 ) -> Tensor:
     """Emit one ONNX node and give its output a dtype and a shape, which is all that tracing needs."""
-    return cast(
-        Tensor,
-        torch.onnx.ops.symbolic(op, inputs, attrs, dtype=dtype, shape=shape, version=OPSET),  # type: ignore[arg-type]
-    )
+    return torch.onnx.ops.symbolic(op, inputs, attrs, dtype=dtype, shape=shape, version=OPSET)  # type: ignore[arg-type]
 
 
 def _reshape(x: Tensor, dims: list[int], shape: Shape) -> Tensor:

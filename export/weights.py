@@ -1,4 +1,4 @@
-"""Weights that a bundle stores itself: planned before a byte is written, converted in blocks, resumable file by file."""
+"""Weights that a bundle stores itself: laid out before a byte is written, converted in blocks, file by file."""
 
 from __future__ import annotations
 
@@ -116,11 +116,7 @@ def _blocks(checkpoint: Checkpoint, plan: PlannedFile) -> Iterator[bytes]:
             block = flat[start : start + _BLOCK_ELEMENTS].astype(np.float32)
             with np.errstate(over="ignore"):
                 converted = block.astype(target)
-            if (
-                target == np.float16
-                and not np.isfinite(converted.astype(np.float32)).all()
-                and np.isfinite(block).all()
-            ):
+            if target == np.float16 and np.isfinite(block).all() and not np.isfinite(converted).all():
                 raise StorageError(
                     f"tensor {name} holds {np.abs(block).max():g}, beyond float16",
                     "values up to 65504",

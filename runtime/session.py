@@ -156,7 +156,8 @@ def _rename_references(data: bytes, renamed: Mapping[str, str]) -> bytes:
         for entry in initializer.external_data:
             if entry.key == "location":
                 entry.value = renamed[entry.value]
-    return model.SerializeToString()
+    renamed_graph: bytes = model.SerializeToString()
+    return renamed_graph
 
 
 def _hand_over(files: Mapping[str, Path], renamed: Mapping[str, str], options: ort.SessionOptions) -> None:

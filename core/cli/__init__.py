@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         command = subparsers.add_parser(
             name,
             help=module.HELP,
-            description=module.__doc__.strip(),
+            description=str(module.__doc__).strip(),
             epilog=module.EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,

@@ -44,7 +44,7 @@ def set_compute_dtype(model: ir.Model, dtype: str) -> ir.Model:
     for gather in graph:
         table = gather.inputs[0] if gather.op_type == "Gather" else None
         if table is not None and table.is_initializer():
-            gather.outputs[0].dtype = table.dtype
+            gather.outputs[0].type = table.type
     for weight in list(graph.initializers.values()):
         if weight.dtype in floats and weight.dtype != target and not str(weight.name).startswith("/"):
             _cast_weight(model, weight, target)
@@ -63,7 +63,7 @@ def _cast_weight(model: ir.Model, weight: ir.Value, target: ir.DataType) -> None
     for gather in gathers:
         rows = gather.outputs[0]
         users = list(rows.uses())
-        rows.dtype = weight.dtype
+        rows.type = weight.type
         cast = ir.Node("", "Cast", [rows], [ir.AttrInt64("to", int(target))], name=f"{gather.name}/Cast")
         cast.outputs[0].name, cast.outputs[0].type = f"{gather.name}/Cast/output_0", ir.TensorType(target)
         model.graph.insert_after(gather, cast)

@@ -100,7 +100,7 @@ def test_vocabulary_is_qwen2s(tokenizer: Tokenizer) -> None:
 
 
 def test_known_ids(tokenizer: Tokenizer) -> None:
-    """Ids seen in the model cards' and transformers' own examples, independent of the SDK's tokenizer."""
+    """Ids of common text, written down so that a change of both tokenizers at once is noticed."""
     assert tokenizer.encode("Hello world") == [9707, 1879]
     assert tokenizer.encode("<|im_start|>user\n") == [151_644, 872, 198]
 

@@ -1,0 +1,1 @@
+"""Timing, reference checks and the nano checkpoint behind the numbers qwen-rt reports."""
