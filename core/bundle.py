@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from qwen_rt.errors import BundleError, CheckpointError
+from qwen_rt.errors import BundleError, CheckpointError, StorageError
 from qwen_rt.spec import ModelSpec
 from qwen_rt.strict_json import parse_object, show
 
@@ -31,6 +31,7 @@ __all__ = [
     "MANIFEST_FILE",
     "PRECISIONS",
     "TARGETS",
+    "TEXT_FILES",
     "WEIGHTS_FOLDER",
     "Bundle",
     "CheckpointLink",
@@ -50,6 +51,20 @@ WEIGHTS_FOLDER = "graph"
 TARGETS = ("cpu", "portable")
 PRECISIONS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 """Dtype in which the weights are stored → its safetensors name."""
+
+TEXT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "LICENSE",
+)
+"""Files of a checkpoint that travel in the bundle where they exist."""
 
 _MAX_MANIFEST_BYTES = 64 << 20
 _HASHED_AT_LOAD_BYTES = 1 << 30
@@ -189,15 +204,15 @@ class Manifest:
                 path=checkpoint.string("path"),
                 fingerprint=checkpoint.string("fingerprint"),
                 shards={
-                    _plain_name(name, source): _shard_entry(_Fields(entry, f"{source}: shard {name}"))
+                    _plain_name(name, source): _shard_entry(_Fields(entry, f"{source}: shard {show(name)}"))
                     for name, entry in checkpoint.objects("shards").items()
                 },
             ),
             files={
-                _inner_path(name, source): _file_entry(_Fields(entry, f"{source}: file {name}"))
+                _inner_path(name, source): _file_entry(_Fields(entry, f"{source}: file {show(name)}"))
                 for name, entry in take.objects("files").items()
             },
-            tools={str(k): str(v) for k, v in take.object("tools").items()},
+            tools=take.strings("tools"),
         )
 
 
@@ -244,6 +259,13 @@ class _Fields:
             raise self._fail(key, "an object")
         return value
 
+    def strings(self, key: str) -> dict[str, str]:
+        value = self.object(key)
+        for name, text in value.items():
+            if not isinstance(text, str):
+                raise BundleError(f"{self._source}: {key}[{show(name)}]={show(text)}", "a string", _REBUILD)
+        return value
+
     def objects(self, key: str) -> dict[str, dict[str, Any]]:
         value = self.object(key)
         for name, entry in value.items():
@@ -264,7 +286,7 @@ def _shard_entry(take: _Fields) -> ShardEntry:
 def _inner_path(name: str, source: str) -> str:
     """A relative path that stays inside the bundle."""
     parts = PurePosixPath(name).parts
-    if not name or "\0" in name or name.startswith("/") or ".." in parts or str(PurePosixPath(name)) != name:
+    if not parts or "\0" in name or name.startswith("/") or ".." in parts or str(PurePosixPath(name)) != name:
         raise BundleError(f"{source}: file name {show(name)}", "a relative path inside the bundle", _REBUILD)
     return name
 
@@ -313,8 +335,17 @@ class Bundle:
 
         Raises:
             BundleError: No bundle, another format, a file missing, truncated, or changed since the build.
+            StorageError: The operating system refuses to read it.
         """
-        folder = Path(path)
+        try:
+            return cls._open(Path(path), check, None if checkpoint is None else Path(checkpoint))
+        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symbolic links, before Python 3.13
+            reason = getattr(error, "strerror", None) or error
+            place = getattr(error, "filename", None) or path
+            raise StorageError(f"{place} cannot be read: {reason}", "a readable bundle", "check the path") from error
+
+    @classmethod
+    def _open(cls, folder: Path, check: Check, checkpoint: Path | None) -> Bundle:
         manifest = cls._read_manifest(folder)
         weights: dict[str, Path] = {}
         to_check: list[tuple[Path, FileEntry | ShardEntry, str]] = []
@@ -322,14 +353,18 @@ class Bundle:
             file = folder / name
             to_check.append((file, own, f"{name} of {folder}"))
             if name.startswith(f"{WEIGHTS_FOLDER}/") and name.endswith(".safetensors"):
-                weights[Path(name).name] = file.resolve()
+                _add_weights(weights, Path(name).name, file, folder)
         for name, shard in manifest.checkpoint.shards.items():
-            file = Path(checkpoint) / name if checkpoint is not None else Path(shard.path)
+            file = checkpoint / name if checkpoint is not None else Path(shard.path)
             to_check.append((file, shard, f"checkpoint shard {file}"))
-            weights[name] = file.resolve()
+            _add_weights(weights, name, file, folder)
+        for name in TEXT_FILES:
+            if name not in manifest.files and (folder / name).exists():
+                raise BundleError(f"{name} of {folder} was added after the build", "the files of the build", _REBUILD)
         total = sum(entry.nbytes for _, entry, _ in to_check)
+        heavy = set(weights.values())
         for file, entry, what in to_check:
-            is_weight = file.resolve() in weights.values()
+            is_weight = file.resolve() in heavy
             hashed = check == "full" or (check == "auto" and (total <= _HASHED_AT_LOAD_BYTES or not is_weight))
             _check_file(file, entry, what, hashed)
         if GRAPH_FILE not in manifest.files:
@@ -357,6 +392,13 @@ class Bundle:
     def graph_file(self) -> Path:
         """The lowered graph."""
         return self.path / GRAPH_FILE
+
+
+def _add_weights(weights: dict[str, Path], name: str, file: Path, folder: Path) -> None:
+    """Note a weight file by the name that the graph calls it."""
+    if name in weights:
+        raise BundleError(f"{folder} has two weight files named {show(name)}", "names that differ", _REBUILD)
+    weights[name] = file.resolve()
 
 
 def _check_file(file: Path, entry: FileEntry | ShardEntry, what: str, hashed: bool) -> None:

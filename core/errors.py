@@ -27,14 +27,21 @@ __all__ = [
     "UnsupportedModelError",
     "UsageError",
     "VerificationError",
+    "one_line",
 ]
 
+_MAX_CHARS = 1000
 
-def _one_line(text: str) -> str:
-    """Fold white space and control characters, so that hostile names cannot forge further lines."""
-    printable = "".join(c if c.isprintable() else " " for c in text)
-    folded = " ".join(printable.split())
-    return folded if len(folded) <= 1000 else folded[:997] + "..."
+
+def one_line(text: str) -> str:
+    """Fold white space and control characters, so that hostile names cannot forge lines or command a terminal."""
+    if len(text) > 4 * _MAX_CHARS:  # what may be megabytes long is not worth reading from end to end
+        text = text[: 2 * _MAX_CHARS] + text[-2 * _MAX_CHARS :]
+    folded = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    if len(folded) <= _MAX_CHARS:
+        return folded
+    half = _MAX_CHARS // 2 - 3
+    return f"{folded[:half]} ... {folded[-half:]}"  # the end says what was wrong with the name at the beginning
 
 
 class QwenRtError(Exception):
@@ -49,7 +56,7 @@ class QwenRtError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, expected: str = "", fix: str = "") -> None:
-        self.what, self.expected, self.fix = _one_line(what), _one_line(expected), _one_line(fix)
+        self.what, self.expected, self.fix = one_line(what), one_line(expected), one_line(fix)
         parts = [self.what]
         if self.expected:
             parts.append(f"expected {self.expected}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from qwen_rt.bundle import MANIFEST_FILE, Bundle
 from qwen_rt.checkpoint import Checkpoint
-from qwen_rt.errors import BundleError
+from qwen_rt.errors import BundleError, one_line
 from qwen_rt.progress import format_count
 from qwen_rt.spec import ModelSpec
 
@@ -63,13 +63,14 @@ class Inspection:
 
     def render(self, with_layers: bool) -> str:
         """As text; `with_layers` adds the table of layers."""
-        width = max(len(label) for label in self.facts)
-        lines = [f"{self.path}: {self.kind}", ""]
-        lines += [f"  {label:<{width}}  {value}" for label, value in self.facts.items()]
-        lines += ["", "files"] + [f"  {format_count(size, 'B'):>9}  {name}" for name, size in self.files.items()]
+        width = max(len(label) for label in self.facts)  # names come from files that anyone may have written
+        lines = [one_line(f"{self.path}: {self.kind}"), ""]
+        lines += [f"  {label:<{width}}  {one_line(value)}" for label, value in self.facts.items()]
+        lines += ["", "files"]
+        lines += [f"  {format_count(size, 'B'):>9}  {one_line(name)}" for name, size in self.files.items()]
         if self.operators:
             total = sum(self.operators.values())
-            listed = ", ".join(f"{name} {count}" for name, count in self.operators.items())
+            listed = ", ".join(f"{one_line(name)} {count}" for name, count in self.operators.items())
             lines += ["", f"graph: {total} nodes", *_wrap(listed, 96)]
         if with_layers:
             lines += ["", f"  {'layer':<10} {'parameters':>13} {'stored':>10}  {'dtype':<9} {'nodes':>5}"]
@@ -132,7 +133,13 @@ def _inspect_bundle(bundle: Bundle) -> Inspection:
     rows = _rows(spec, {name: dtypes[name] for name in spec.parameters() if name in dtypes})
     by_name = {row.name: row for row in rows}
     for node in graph.node:
-        by_name[_row_name(node.name)].num_nodes += 1
+        row = _row_name(_text(node.name))
+        if row not in by_name:
+            raise BundleError(
+                f"{bundle.graph_file} has a node of layer {row}, the model has {spec.num_layers} layers",
+                fix="build the bundle again",
+            )
+        by_name[row].num_nodes += 1
     kv_bytes = spec.kv_bytes_per_token(manifest.kv_dtype)
     link = manifest.checkpoint
     facts = _model_facts(spec) | {
@@ -146,7 +153,7 @@ def _inspect_bundle(bundle: Bundle) -> Inspection:
     }
     files = {name: entry.nbytes for name, entry in manifest.files.items()}
     files |= {f"{name} (in the checkpoint)": shard.nbytes for name, shard in link.shards.items()}
-    operators = dict(Counter(node.op_type for node in graph.node).most_common())
+    operators = dict(Counter(_text(node.op_type) for node in graph.node).most_common())
     kind = "portable graph" if manifest.target == "portable" else "bundle"
     return Inspection(kind, str(bundle.path), spec, facts, files, operators, rows)
 
@@ -168,6 +175,11 @@ def _rows(spec: ModelSpec, dtypes: Mapping[str, str]) -> list[LayerRow]:
 def _row_name(name: str) -> str:
     found = _LAYER.search(name)
     return found.group(1) if found else "outside"
+
+
+def _text(name: str | bytes) -> str:
+    """A name of a graph; protobuf hands it over as bytes where it is not UTF-8."""
+    return name if isinstance(name, str) else name.decode("utf-8", "replace")
 
 
 def _wrap(text: str, width: int) -> list[str]:

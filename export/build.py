@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from qwen_rt.bundle import (
     MANIFEST_FILE,
     PRECISIONS,
     TARGETS,
+    TEXT_FILES,
     WEIGHTS_FOLDER,
     CheckpointLink,
     FileEntry,
@@ -27,7 +30,7 @@ from qwen_rt.bundle import (
     file_sha256,
 )
 from qwen_rt.checkpoint import Checkpoint
-from qwen_rt.errors import UsageError
+from qwen_rt.errors import StorageError, UsageError
 from qwen_rt.export.passes.lower_cpu import lower_cpu
 from qwen_rt.export.portable import WeightLocation, checkpoint_locations, portable_graph
 from qwen_rt.export.source import Source, open_source
@@ -37,20 +40,6 @@ from qwen_rt.safetensors_header import read_header
 from qwen_rt.storage import StagedDirectory, atomic_write_bytes, require_free_space
 
 __all__ = ["BuildOptions", "build"]
-
-TEXT_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "LICENSE",
-)
-"""Files of a checkpoint that travel in the bundle where they exist."""
 
 _JOURNAL = ".journal.json"
 _TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript")
@@ -95,16 +84,39 @@ def build(source: str | Path, out: str | Path, options: BuildOptions | None = No
     Raises:
         UsageError: An option that does not fit the model.
         CheckpointError, UnsupportedModelError: The checkpoint cannot be read or run.
-        StorageError: The folder cannot be written.
+        StorageError: The folder cannot be written. As after any error, nothing of it stays.
     """
     options = options or BuildOptions()
     opened = open_source(source)
     settings = _settle(opened.checkpoint, options)
+    _refuse_overlap(opened, Path(out))
     with StagedDirectory(Path(out), overwrite=options.overwrite) as stage:
-        job = _Job(opened, settings, stage.path)
-        manifest = job.run()
-        stage.commit()
+        try:
+            manifest = _Job(opened, settings, stage.path).run()
+            stage.commit()
+        except Exception:  # not an interrupt: as after kill -9, the next build goes on from what is there
+            with contextlib.suppress(StorageError):
+                stage.abandon()
+            raise
     return manifest
+
+
+def _refuse_overlap(source: Source, out: Path) -> None:
+    """Refuse to replace what the build reads, or what the bundle would refer to."""
+    target = out.resolve()
+    read = [source.checkpoint.path, *(header.path for header in source.checkpoint.headers)]
+    inside = next((path for path in read if path.absolute().is_relative_to(target) or _lies_in(path, target)), None)
+    if inside is not None:
+        raise StorageError(f"{out} holds {inside}, which is read", "a folder of its own", "choose another --output")
+    for path in read:
+        try:
+            str(path).encode("utf-8")
+        except UnicodeEncodeError:
+            raise StorageError(f"{path} is not UTF-8", "a name that a manifest can hold", "rename it") from None
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder)
 
 
 @dataclass(frozen=True)
@@ -183,11 +195,20 @@ class _Job:
             model=checkpoint.spec,
             checkpoint=CheckpointLink(self.source.origin, self.source.fingerprint, links),
             files=dict(sorted(self.files.items())),
-            tools={"qwen-rt": __version__} | {tool: metadata.version(tool) for tool in _TOOLS},
+            tools=_tool_versions(),
         )
+        self._sweep()
         atomic_write_bytes(self.stage / MANIFEST_FILE, manifest.to_json())
         (self.stage / _JOURNAL).unlink()
         return manifest
+
+    def _sweep(self) -> None:
+        """Remove what an earlier build left in the stage and this one did not ask for."""
+        kept = {self.stage / name for name in (*self.files, _JOURNAL)}
+        for folder, _, names in os.walk(self.stage):
+            for name in names:
+                if Path(folder, name) not in kept:
+                    Path(folder, name).unlink()
 
     def _write_graph(self, locations: dict[str, WeightLocation]) -> None:
         settings, spec = self.settings, self.checkpoint.spec
@@ -252,12 +273,17 @@ class _Job:
 
     def _inputs(self) -> dict[str, Any]:
         return {
-            "version": __version__,
+            "tools": _tool_versions(),
             "fingerprint": self.source.fingerprint,
             "graph": file_sha256(self.source.graph_file) if self.source.graph_file else None,
-            "shards": [[s.name, s.stat().st_size, s.stat().st_mtime_ns] for s in self.checkpoint.shards],
+            "sources": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in self._sources()],
             "settings": {k: v for k, v in vars(self.settings).items() if k != "quiet"},
         }
+
+    def _sources(self) -> list[Path]:
+        """Every file that is copied or converted."""
+        texts = [self.checkpoint.path / name for name in TEXT_FILES]
+        return [*self.checkpoint.shards, *(file for file in texts if file.is_file())]
 
     def _open_journal(self) -> dict[str, FileEntry]:
         """Return the files of an earlier build of the same inputs; anything else in the stage goes."""
@@ -277,6 +303,10 @@ class _Job:
     def _write_journal(self) -> None:
         files = {name: [entry.nbytes, entry.sha256] for name, entry in (self.reusable | self.files).items()}
         atomic_write_bytes(self.stage / _JOURNAL, json.dumps({"inputs": self._inputs(), "files": files}).encode())
+
+
+def _tool_versions() -> dict[str, str]:
+    return {"qwen-rt": __version__} | {tool: metadata.version(tool) for tool in _TOOLS}
 
 
 def _moved(place: WeightLocation, file: Path) -> WeightLocation:

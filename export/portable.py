@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qwen_rt.checkpoint import Checkpoint
 from qwen_rt.errors import GraphError
-from qwen_rt.export.passes.compute_dtype import set_compute_dtype
+from qwen_rt.export.passes.compute_dtype import activation_types, set_compute_dtype
 from qwen_rt.export.stamp import stamp_layers
 from qwen_rt.export.trace import trace_single_layer
 
@@ -50,12 +50,15 @@ def portable_graph(
         dtype: Dtype of activations and cache: `float32`, `bfloat16` or `float16`. Weights stay as stored; where the
             two differ, the graph casts.
         locations: Where each parameter's bytes lie.
-        exported: A portable graph of this model, to be taken instead of tracing one; changed in place.
+        exported: A portable graph of this model, to be taken instead of tracing one; changed in place. Not taken
+            where it is float32 and `dtype` is narrower: nothing in it tells what has to stay float32.
 
     Returns:
         A model at opset 24 with the inputs and outputs of `qwen_rt.tensors`. Each initializer that is named after a
         Hugging Face tensor is an external reference; not one weight byte is read.
     """
+    if exported is not None and dtype != "float32" and ir.DataType.FLOAT in activation_types(exported):
+        exported = None
     model = exported or stamp_layers(trace_single_layer(checkpoint.spec, dtype), checkpoint.spec.num_layers)
     attach_weights(model, locations)
     return set_compute_dtype(model, dtype)

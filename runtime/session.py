@@ -43,8 +43,8 @@ class CpuSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.log_severity_level = 3
-        graph = _load_graph(bundle, options)
         try:
+            graph, _mapped = _load_graph(bundle, options)  # mapped files have to outlive the loading
             self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
             raise BundleError(
@@ -123,29 +123,28 @@ class _Binding:
             self.io.bind_ortvalue_output(present, shared)
 
 
-def _load_graph(bundle: Bundle, options: ort.SessionOptions) -> bytes:
+def _load_graph(bundle: Bundle, options: ort.SessionOptions) -> tuple[bytes, list[NDArray[np.uint8]]]:
     """Return the graph with its references resolved to the real files, and tell ONNX Runtime where those are.
 
+    Returns also the mapped files that ONNX Runtime reads while it makes the session; it holds no reference to them.
+
     ONNX Runtime reads external weights one tensor at a time from one folder, and refuses links that leave it. So
-    references become real file names; where the files lie in several folders they are mapped and handed over, which
-    holds the stored weights once more while the session is made.
+    references become real file names; where the files lie in several folders they are mapped and handed over by the
+    names that they have in the graph, which holds the stored weights once more while the session is made.
     """
     data = bundle.graph_file.read_bytes()
     files = bundle.weight_files
     if not files:
-        return data
+        return data, []
+    folders = {real.parent for real in files.values()}
+    if len(folders) > 1:
+        return data, _hand_over(files, options)
+    key = "session.model_external_initializers_file_folder_path"
+    options.add_session_config_entry(key, str(folders.pop()))
     renamed = {name: real.name for name, real in files.items()}
     if any(name != new for name, new in renamed.items()):
-        if len(set(renamed.values())) != len(renamed):
-            raise BundleError(f"two weight files of {bundle.path} have one name", fix="build it with --self-contained")
         data = _rename_references(data, renamed)
-    folders = {real.parent for real in files.values()}
-    if len(folders) == 1:
-        key = "session.model_external_initializers_file_folder_path"
-        options.add_session_config_entry(key, str(folders.pop()))
-    else:
-        _hand_over(files, renamed, options)
-    return data
+    return data, []
 
 
 def _rename_references(data: bytes, renamed: Mapping[str, str]) -> bytes:
@@ -155,13 +154,12 @@ def _rename_references(data: bytes, renamed: Mapping[str, str]) -> bytes:
     for initializer in model.graph.initializer:
         for entry in initializer.external_data:
             if entry.key == "location":
-                entry.value = renamed[entry.value]
+                entry.value = renamed.get(entry.value, entry.value)
     renamed_graph: bytes = model.SerializeToString()
     return renamed_graph
 
 
-def _hand_over(files: Mapping[str, Path], renamed: Mapping[str, str], options: ort.SessionOptions) -> None:
-    arrays = {renamed[name]: np.memmap(real, np.uint8, mode="r") for name, real in files.items()}
-    options.add_external_initializers_from_files_in_memory(
-        list(arrays), list(arrays.values()), [array.size for array in arrays.values()]
-    )
+def _hand_over(files: Mapping[str, Path], options: ort.SessionOptions) -> list[NDArray[np.uint8]]:
+    arrays: list[NDArray[np.uint8]] = [np.memmap(real, np.uint8, mode="r") for real in files.values()]
+    options.add_external_initializers_from_files_in_memory(list(files), arrays, [array.size for array in arrays])
+    return arrays

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from qwen_rt._version import __version__
-from qwen_rt.errors import MissingDependencyError, QwenRtError, UsageError
+from qwen_rt.errors import MissingDependencyError, QwenRtError, StorageError, UsageError
 
 __all__ = ["main"]
 
@@ -31,6 +32,7 @@ _EXTRAS = {
     "safetensors": "bench",
     "matplotlib": "bench",
 }
+_REQUIRED = ("jinja2", "numpy", "onnx", "onnxruntime", "tokenizers", "tqdm")
 
 _DESCRIPTION = """\
 Compile Qwen2, Qwen2-Math and Qwen2.5 checkpoints into deployment bundles, and run them.
@@ -66,31 +68,60 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
-        args = _parse(arguments)
-        if args.command is None:
-            _parser().print_help()
-            return 0
-        return int(importlib.import_module(f"qwen_rt.cli.{args.command}").run(args))
+        if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+            sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: text that the terminal cannot show
+        try:
+            return _run(arguments)
+        finally:
+            if sys.exc_info()[0] in (None, SystemExit):  # what fails is told here, not at the end of the process
+                _flush()
     except KeyboardInterrupt:
-        print("\nqwen-rt: interrupted", file=sys.stderr)
+        print("\nqwen-rt: interrupted" if _on_terminal() else "qwen-rt: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone: nobody to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
-    except (QwenRtError, ModuleNotFoundError) as error:
+    except (QwenRtError, ModuleNotFoundError, OSError, MemoryError) as error:
         if debug:
             traceback.print_exc()
-        known = _missing(error) if isinstance(error, ModuleNotFoundError) else error
+        known = _as_known(error)
         print(f"qwen-rt: error: {known}", file=sys.stderr)
+        _drop_output()
         return known.exit_code
+
+
+def _run(arguments: Sequence[str]) -> int:
+    args = _parse(arguments)
+    if args.command is None:
+        _parser().print_help()
+        return 0
+    return int(importlib.import_module(f"qwen_rt.cli.{args.command}").run(args))
+
+
+def _flush() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _drop_output() -> None:
+    """Write out what stdout still holds; where that fails, forget it, or Python complains when the process ends."""
+    try:
+        _flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _on_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse; a PROMPT may also stand behind the options, where argparse does not look for an optional positional."""
     parser = _parser()
     args, rest = parser.parse_known_args(arguments)
-    if len(rest) == 1 and not rest[0].startswith("-") and getattr(args, "prompt", "") is None:
-        args.prompt = rest[0]
+    escaped = rest[:1] == ["--"]
+    if len(rest) == 1 + escaped and (escaped or not rest[0].startswith("-")) and getattr(args, "prompt", "") is None:
+        args.prompt = rest[-1]
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args
@@ -122,11 +153,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _as_known(error: QwenRtError | ModuleNotFoundError | OSError | MemoryError) -> QwenRtError:
+    """Turn what Python raised into one of our one-line errors."""
+    if isinstance(error, QwenRtError):
+        return error
+    if isinstance(error, ModuleNotFoundError):
+        return _missing(error)
+    if isinstance(error, MemoryError):
+        return QwenRtError(f"not enough memory: {error}", fix="lower --max-length or --batch, or free some memory")
+    reason = error.strerror or str(error)
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return StorageError(f"{where}{reason}", fix="check the path and its permissions, or rerun with --debug")
+
+
 def _missing(error: ModuleNotFoundError) -> QwenRtError:
     """Say which extra brings a package that is not installed."""
     package = str(error.name).split(".")[0]
-    if package not in _EXTRAS:
+    if package in _REQUIRED:
+        fix = "pip install --force-reinstall qwen-rt"
+    elif package in _EXTRAS:
+        fix = f'pip install "qwen-rt[{_EXTRAS[package]}]"'
+    else:
         raise error
-    return MissingDependencyError(
-        f"this command needs {package}, which is not installed", fix=f'pip install "qwen-rt[{_EXTRAS[package]}]"'
-    )
+    return MissingDependencyError(f"this command needs {package}, which is not installed", fix=fix)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from qwen_rt.bundle import Manifest
+from qwen_rt.errors import one_line
 from qwen_rt.progress import format_count
 
 __all__ = ["add_build_arguments", "report"]
@@ -30,5 +31,5 @@ def report(manifest: Manifest, output: Path) -> int:
     where = f"{format_count(own, 'B')} in {output}"
     if linked:
         where += f", {format_count(linked, 'B')} of weights stay in {manifest.checkpoint.path}"
-    print(f"{manifest.target} {manifest.precision}, {manifest.model.num_layers} layers: {where}")
+    print(one_line(f"{manifest.target} {manifest.precision}, {manifest.model.num_layers} layers: {where}"))
     return 0

@@ -1,19 +1,23 @@
 """Talk to a bundle.
 
-Type a message and press Enter. Ctrl-C stops an answer and keeps what was said; at the prompt it clears the line.
-/reset forgets the conversation, /history shows it, /exit (or Ctrl-D) leaves. Arrow keys recall earlier lines.
+Type a message and press Enter. Ctrl-C stops an answer and keeps what was said (before the first word it takes the
+message back); at the prompt it clears the line. /reset forgets the conversation, /history shows it, /exit (or Ctrl-D)
+leaves. Arrow keys recall earlier lines.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
 import sys
+from collections.abc import Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from qwen_rt.cli.generate import BOXED
 from qwen_rt.cli.sampling_args import add_sampling_arguments, sampling_overrides
-from qwen_rt.errors import CapacityError
+from qwen_rt.errors import CapacityError, TextError, UsageError, one_line
 
 if TYPE_CHECKING:
     from qwen_rt.runtime.llm import LLM
@@ -36,31 +40,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load the bundle and hold the conversation."""
     from qwen_rt.runtime.llm import LLM
+    from qwen_rt.runtime.sampling_params import SamplingParams, resolve_stop_tokens
 
     llm = LLM(args.bundle, num_threads=args.threads, max_num_seqs=1, checkpoint=args.checkpoint)
-    if sys.stdin.isatty():
+    overrides = sampling_overrides(args)
+    if "stop_token_ids" in overrides:
+        overrides["stop_token_ids"] = resolve_stop_tokens(llm.tokenizer, overrides["stop_token_ids"])
+    SamplingParams.from_generation_config(llm.generation_config, **overrides)  # refuses now what the first answer would
+    if _interactive():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # line editing and recall for input()
         print("Type a message; /reset, /history, /exit. Ctrl-C stops an answer.", file=sys.stderr)
-    return converse(llm, args.system, BOXED if args.boxed else "", sampling_overrides(args))
+    return converse(llm, args.system, BOXED if args.boxed else "", overrides)
 
 
 def converse(llm: LLM, system: str | None, suffix: str, overrides: dict[str, Any]) -> int:
     """Read messages until end of input; returns exit code 0."""
     first = [{"role": "system", "content": system}] if system is not None else []
     messages = list(first)
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return 0
-        except KeyboardInterrupt:
-            print(file=sys.stderr)
-            continue
+    while (line := _read_line()) not in (None, "/exit"):
         if not line:
             continue
-        if line == "/exit":
-            return 0
         if line == "/reset":
             messages = list(first)
             print("(conversation forgotten)", file=sys.stderr)
@@ -68,25 +68,79 @@ def converse(llm: LLM, system: str | None, suffix: str, overrides: dict[str, Any
             for message in messages:
                 print(f"{message['role']}: {message['content']}", file=sys.stderr)
         elif line.startswith("/"):
-            print(f"unknown command {line}; /reset, /history or /exit", file=sys.stderr)
+            print(f"unknown command {one_line(line)}; /reset, /history or /exit", file=sys.stderr)
         else:
-            messages.append({"role": "user", "content": line + suffix})
-            try:
-                messages.append({"role": "assistant", "content": _answer(llm, messages, overrides)})
-            except CapacityError as error:
-                messages.pop()
-                print(f"qwen-rt: {error}; /reset starts anew", file=sys.stderr)
+            messages = _turn(llm, messages, line + suffix, overrides)
+    return 0
 
 
-def _answer(llm: LLM, messages: list[dict[str, str]], overrides: dict[str, Any]) -> str:
-    """Stream one answer; Ctrl-C ends it early."""
-    pieces: list[str] = []
-    stream = llm.stream(messages, **overrides)
+def _interactive() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def _read_line() -> str | None:
+    """Return the next message or command; None at the end of input, "" where there is nothing to do."""
     try:
-        for chunk in stream:
-            pieces.append(chunk.text)
-            print(chunk.text, end="", flush=True)
+        return input("> " if _interactive() else "").strip()
+    except (EOFError, RuntimeError):  # RuntimeError: stdin was closed by whoever started us
+        if _interactive():
+            print(file=sys.stderr)
+        return None
     except KeyboardInterrupt:
-        print(" [stopped]", end="")
-    print()
-    return "".join(pieces)
+        if not _interactive():
+            raise
+        print(file=sys.stderr)
+    except UnicodeDecodeError as error:
+        problem = UsageError(f"the message cannot be read: {error}", "UTF-8 text")
+        if not _interactive():
+            raise problem from None
+        print(f"qwen-rt: {problem}", file=sys.stderr)
+    return ""
+
+
+def _turn(llm: LLM, messages: list[dict[str, str]], text: str, overrides: dict[str, Any]) -> list[dict[str, str]]:
+    """Answer one message; returns the conversation, as it was if there is no answer."""
+    asked = [*messages, {"role": "user", "content": text}]
+    pieces: list[str] = []
+    try:
+        stopped = _answer(llm, asked, overrides, pieces)
+    except CapacityError as error:
+        print(f"qwen-rt: {error}; /reset starts anew", file=sys.stderr)
+        return messages
+    except (UsageError, TextError) as error:
+        if not _interactive():
+            raise
+        print(f"qwen-rt: {error}", file=sys.stderr)
+        return messages
+    if stopped and not pieces:
+        return messages
+    return [*asked, {"role": "assistant", "content": "".join(pieces)}]
+
+
+def _answer(llm: LLM, messages: list[dict[str, str]], overrides: dict[str, Any], pieces: list[str]) -> bool:
+    """Stream one answer and collect its pieces; returns whether Ctrl-C ended it early."""
+    with _one_interrupt():
+        try:
+            for chunk in llm.stream(messages, **overrides):
+                pieces.append(chunk.text)
+                print(chunk.text, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" [stopped]")
+            return True
+        print()
+        return False
+
+
+@contextlib.contextmanager
+def _one_interrupt() -> Iterator[None]:
+    """Let the first Ctrl-C raise `KeyboardInterrupt` and ignore impatient ones after it, until the block ends."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)

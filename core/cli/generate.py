@@ -88,15 +88,22 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         prompts = [args.prompt]
     elif args.file is not None:
         try:
-            lines = args.file.read_text(encoding="utf-8").splitlines()
+            lines = args.file.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--file {args.file} cannot be read: {error}", "a UTF-8 text file") from None
         prompts = [line for line in lines if line.strip()]
     else:
-        prompts = [sys.stdin.read().rstrip("\n")]
+        prompts = [_read_stdin().rstrip("\n")]
     if not prompts or not all(prompts):
         raise UsageError("no prompt", "some text", 'qwen-rt generate BUNDLE "PROMPT"')
     return [prompt + BOXED if args.boxed else prompt for prompt in prompts]
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read() if sys.stdin is not None else ""  # None: closed by whoever started us
+    except UnicodeDecodeError as error:
+        raise UsageError(f"stdin cannot be read: {error}", f"{sys.stdin.encoding} text") from None
 
 
 def _messages(prompt: str, args: argparse.Namespace) -> list[dict[str, str]]:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from qwen_rt.errors import GraphError
 from qwen_rt.export.passes.graph_tools import insert, prune, replace_value
 
-__all__ = ["FLOAT_TYPES", "set_compute_dtype"]
+__all__ = ["FLOAT_TYPES", "activation_types", "set_compute_dtype"]
 
 FLOAT_TYPES = {
     "float32": ir.DataType.FLOAT,
     "bfloat16": ir.DataType.BFLOAT16,
     "float16": ir.DataType.FLOAT16,
 }
+
+
+def activation_types(model: ir.Model) -> set[ir.DataType]:
+    """The floating-point dtypes of a graph's inputs, which are its KV cache's: one in every portable graph."""
+    return {value.dtype for value in model.graph.inputs if value.dtype in FLOAT_TYPES.values()}
 
 
 def set_compute_dtype(model: ir.Model, dtype: str) -> ir.Model:
@@ -27,19 +33,25 @@ def set_compute_dtype(model: ir.Model, dtype: str) -> ir.Model:
 
     Returns:
         The same object. A runtime that folds constants turns each Cast into a weight of the new dtype at load.
+
+    Raises:
+        GraphError: The graph is float32 and `dtype` is narrower: what has to stay float32 (angles, logits) does not
+            stand out.
     """
     target = FLOAT_TYPES[dtype]
     floats = set(FLOAT_TYPES.values())
     graph = model.graph
-    activation_types = {v.dtype for v in graph.inputs if v.dtype in floats}
+    present = activation_types(model)
+    if ir.DataType.FLOAT in present and target != ir.DataType.FLOAT:
+        raise GraphError(f"a float32 graph cannot become {dtype}", "a graph traced in a narrower dtype", "trace it again")
     for node in list(graph):
-        if node.op_type == "Cast" and node.attributes["to"].as_int() in {int(t) for t in activation_types}:
+        if node.op_type == "Cast" and node.attributes["to"].as_int() in {int(t) for t in present}:
             node.attributes["to"] = ir.AttrInt64("to", int(target))
         for output in node.outputs:
-            if output.dtype in activation_types and not output.is_graph_output():
+            if output.dtype in present and not output.is_graph_output():
                 output.dtype = target
     for value in (*graph.inputs, *graph.outputs):
-        if value.dtype in activation_types and value.name != "logits":
+        if value.dtype in present and value.name != "logits":
             value.dtype = target
     for gather in graph:
         table = gather.inputs[0] if gather.op_type == "Gather" else None

@@ -1,0 +1,118 @@
+"""What the CPU benchmarks share: the floor of a decode step, agreement of tokens, timing rounds in turn, a row's numbers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen_rt.benchmarks import harness
+from qwen_rt.benchmarks.measure import Worker, num_cores, read_bandwidth
+from qwen_rt.spec import ModelSpec
+
+__all__ = [
+    "Samples",
+    "add_common_arguments",
+    "agreement",
+    "bandwidth_metrics",
+    "decode_metrics",
+    "sample",
+    "step_weights",
+]
+
+Answer = dict[str, Any]
+
+
+def step_weights(spec: ModelSpec) -> int:
+    """Return how many weights a decode step reads: every matrix, the LM head, but of the embedding only a row."""
+    matrices = {name: shape for name, shape in spec.parameters().items() if len(shape) == 2}
+    if not spec.tie_word_embeddings:
+        del matrices["model.embed_tokens.weight"]
+    return sum(rows * columns for rows, columns in matrices.values())
+
+
+def agreement(expected: Sequence[Sequence[int]], actual: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Compare generated tokens row by row; after a first difference the rest of a row counts as different."""
+    same = 0
+    for want, got in zip(expected, actual, strict=True):
+        pairs = zip(want, got, strict=True)
+        same += next((index for index, (a, b) in enumerate(pairs) if a != b), len(want))
+    total = sum(map(len, expected))
+    return {"num_tokens": total, "num_same": same, "share_same": round(same / total, 4)}
+
+
+class Samples:
+    """Seconds of one contender at one batch size: to the first token of each round, and of every later step."""
+
+    def __init__(self) -> None:
+        self.first_s: list[float] = []
+        self.step_s: list[float] = []
+
+    def add(self, answer: Answer) -> None:
+        """Take the timing of a round."""
+        self.first_s.append(answer["first_s"])
+        self.step_s += answer["step_s"]
+
+
+def sample(
+    workers: Mapping[str, Worker],
+    prompts: Mapping[int, Sequence[Sequence[int]]],
+    num_tokens: int,
+    rounds: int,
+    report: Callable[[str], object] = print,
+) -> dict[tuple[str, int], Samples]:
+    """Time all contenders in turn, round after round: what disturbs the machine disturbs all of them.
+
+    Args:
+        workers: Contender → its process, loaded and warm.
+        prompts: Batch size → prompts.
+        num_tokens: Tokens to generate.
+        rounds: How often each has its turn; even rounds go backwards.
+        report: Told once a round.
+
+    Returns:
+        (contender, batch size) → its samples.
+    """
+    found = {(name, batch): Samples() for name in workers for batch in prompts}
+    for index in range(rounds):
+        names = list(workers) if index % 2 == 0 else list(workers)[::-1]
+        for batch, rows in prompts.items():
+            for name in names:
+                answer = workers[name].ask("generate", prompts=rows, num_tokens=num_tokens)
+                found[name, batch].add(answer)
+        medians = (f"{n} x{b} {1e3 * harness.percentile(s.step_s, 0.5):.2f}" for (n, b), s in found.items())
+        report(f"round {index + 1} of {rounds}, median ms a step so far: {', '.join(medians)}")
+    return found
+
+
+def decode_metrics(samples: Samples, batch: int, floor_ms: float) -> dict[str, Any]:
+    """Return the numbers of a row: time per step, tokens a second, time to the first token, ratio to the floor."""
+    step = harness.summarize(1e3 * s for s in samples.step_s)
+    return {
+        "itl_ms": step,
+        "decode_tok_s": batch * 1e3 / step["median"],
+        "first_token_ms": harness.summarize(1e3 * s for s in samples.first_s),
+        "floor_ms": floor_ms,
+        "itl_floor_ratio": step["median"] / floor_ms,
+    }
+
+
+def bandwidth_metrics(weight_bytes: int, threads: int) -> dict[str, float]:
+    """Measure what memory delivers, and what it delivers when the weights of this model are read again and again.
+
+    The second is the floor of a decode step: a model that fits the cache is not read from memory each time.
+    """
+    return {
+        "memory_bandwidth_gb_s": read_bandwidth(threads=threads)["gb_s"],
+        "weight_bandwidth_gb_s": read_bandwidth(weight_bytes, threads=threads)["gb_s"],
+    }
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, *, rounds: int, tokens: int) -> None:
+    """Declare the options that all have."""
+    parser.add_argument("--rounds", type=int, default=rounds, help="timing rounds (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=tokens, help="tokens to generate (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=num_cores(), help="threads of every contender (default: all cores)")
+    parser.add_argument("--work", type=Path, help="folder for temporary files (default: the system's)")
+    parser.add_argument("--results", type=Path, help="folder of result rows (default: benchmarks/results)")
