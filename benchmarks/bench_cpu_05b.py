@@ -24,13 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from qwen_rt.benchmarks import harness
 from qwen_rt.benchmarks.checkpoints import QWEN2_05B, write_random, write_tokenizer
 from qwen_rt.benchmarks.cpu_contest import (
+    GATE,
+    NO_GATE,
+    Bandwidth,
     Samples,
     add_common_arguments,
     agreement,
-    bandwidth_metrics,
     decode_metrics,
     step_weights,
 )
@@ -135,6 +138,12 @@ class Trial:
             self.peak_gb.append(memory["peak_rss_mb"] / 1e3)
             self.anon_gb.append(memory["anon_mb"] / 1e3)
 
+    def line(self) -> str:
+        """How it does so far, for a person."""
+        step_ms, first_s = 1e3 * harness.percentile(self.samples.step_s, 0.5), self.samples.first_s[-1]
+        spent = f"{step_ms:.1f} ms a token, first after {first_s:.2f} s, load {self.load_s[-1]:.2f} s"
+        return f"{spent}, peak {self.peak_gb[-1]:.2f} GB"
+
     def metrics(self, floor_ms: float) -> dict[str, Any]:
         """The numbers of its row."""
         found = decode_metrics(self.samples, 1, floor_ms)
@@ -173,16 +182,12 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     field_of = contenders(checkpoint, folder, genai, 2 * (args.prompt_tokens + args.tokens))
     trials = {name: Trial(_build(name, contender)) for name, contender in field_of.items()}
     num_weights = step_weights(ModelSpec.from_config(QWEN2_05B))
-    memory = bandwidth_metrics(4 * num_weights, args.threads)
+    meter = Bandwidth(4 * num_weights, args.threads)
     for index in range(args.rounds):
+        meter.measure()
         for name in list(field_of)[:: 1 if index % 2 == 0 else -1]:
             trials[name].round(field_of[name], prompt, args.tokens, args.threads)
-            step_ms = 1e3 * harness.percentile(trials[name].samples.step_s, 0.5)
-            print(
-                f"round {index + 1}: {name}: {step_ms:.1f} ms a token, first after {trials[name].samples.first_s[-1]:.2f} s, "
-                f"load {trials[name].load_s[-1]:.2f} s, peak {trials[name].peak_gb[-1]:.2f} GB",
-                flush=True,
-            )
+            print(f"round {index + 1}: {name}: {trials[name].line()}", flush=True)
     checks = {name: _check(name, field_of[name], trials) for name in trials}
     for name, trial in trials.items():
         contender = field_of[name]
@@ -193,11 +198,10 @@ def run(args: argparse.Namespace, folder: Path) -> None:
             "prompt_tokens": args.prompt_tokens,
             "new_tokens": args.tokens,
             "threads": args.threads,
-            "rounds": args.rounds,
             "precision": f"stored {contender.stored}; computed {contender.compute}",
         }
-        floor_ms = weight_bytes / memory["weight_bandwidth_gb_s"] / 1e6
-        metrics = trial.metrics(floor_ms) | {"weights_gb": weight_bytes / 1e9} | memory
+        floor_ms = weight_bytes / meter.memory_gb_s / 1e6
+        metrics = trial.metrics(floor_ms) | {"weights_gb": weight_bytes / 1e9} | meter.metrics()
         mine = contender.python == sys.executable
         used = (harness.versions() if mine else {}) | trial.versions
         harness.write_row(
@@ -217,8 +221,7 @@ def _check(name: str, contender: Contender, trials: dict[str, Trial]) -> dict[st
     print(f"check: {name} gives {found['num_same']} of {found['num_tokens']} tokens of {REFERENCE}")
     if not passed:
         raise QwenRtError(f"{name}: greedy tokens differ from {REFERENCE}", fix="no number then")
-    what = "greedy tokens equal those of transformers in float32"
-    return {"passed": passed, "what": what if contender.gated else "agreement is reported, not gated"} | found
+    return {"passed": passed, "what": GATE if contender.gated else NO_GATE} | found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace, folder: Path) -> int:
             samples[name].append(first_byte_seconds(command)[0])
     missed = False
     for name, seconds in samples.items():
-        settings = {"model": "nano", "prompt": "one held-out question", "threads": args.threads, "runs": args.runs}
+        settings = {"model": "nano", "prompt": "one held-out question", "threads": args.threads}
         bars = None
         if name == "qwen-rt":
             bars = {"first_text_s": harness.bar(harness.percentile(seconds, 0.5), MAX_FIRST_TEXT_S)}

@@ -12,6 +12,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
 from qwen_rt.safetensors_header import write_header
 from qwen_rt.spec import ModelSpec
 
@@ -158,7 +159,8 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
         vocab_size: Rows of its embedding; every one gets a token, so that any may be generated.
     """
     num_tokens = _NUM_PLAIN_TOKENS
-    special = _SPECIAL_TOKENS + [f"<|extra_{index}|>" for index in range(vocab_size - num_tokens - len(_SPECIAL_TOKENS))]
+    num_extra = vocab_size - num_tokens - len(_SPECIAL_TOKENS)
+    special = _SPECIAL_TOKENS + [f"<|extra_{index}|>" for index in range(num_extra)]
     letters = _byte_letters()
     tokens, merges = list(letters), []
     pairs = [left + right for left in letters for right in letters]
@@ -180,7 +182,10 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
         }
         for index, text in enumerate(special)
     ]
-    pattern = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     document = {
@@ -215,8 +220,8 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
         "pad_token": special[0],
         "tokenizer_class": "Qwen2Tokenizer",
         "unk_token": None,
-        "chat_template": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "chat_template": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     }
     generation = {"bos_token_id": 151643, "eos_token_id": [151645, 151643], "pad_token_id": 151643, "do_sample": False}
     for name, content in (
@@ -225,4 +230,3 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
         ("generation_config.json", generation),
     ):
         (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-

@@ -1,4 +1,4 @@
-"""What the CPU benchmarks share: the floor of a decode step, agreement of tokens, timing rounds in turn, a row's numbers."""
+"""What the CPU benchmarks share: the floor of a step, agreement of tokens, timing rounds in turn, a row's numbers."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from qwen_rt.benchmarks.measure import Worker, num_cores, read_bandwidth
 from qwen_rt.spec import ModelSpec
 
 __all__ = [
+    "GATE",
+    "NO_GATE",
+    "Bandwidth",
     "Samples",
     "add_common_arguments",
     "agreement",
-    "bandwidth_metrics",
     "decode_metrics",
     "sample",
     "step_weights",
 ]
 
-Answer = dict[str, Any]
+GATE = "greedy tokens equal those of transformers in float32"
+NO_GATE = "agreement is reported, not gated"
 
 
 def step_weights(spec: ModelSpec) -> int:
@@ -49,7 +52,7 @@ class Samples:
         self.first_s: list[float] = []
         self.step_s: list[float] = []
 
-    def add(self, answer: Answer) -> None:
+    def add(self, answer: dict[str, Any]) -> None:
         """Take the timing of a round."""
         self.first_s.append(answer["first_s"])
         self.step_s += answer["step_s"]
@@ -60,6 +63,7 @@ def sample(
     prompts: Mapping[int, Sequence[Sequence[int]]],
     num_tokens: int,
     rounds: int,
+    bandwidth: Sequence[Bandwidth] = (),
     report: Callable[[str], object] = print,
 ) -> dict[tuple[str, int], Samples]:
     """Time all contenders in turn, round after round: what disturbs the machine disturbs all of them.
@@ -69,6 +73,7 @@ def sample(
         prompts: Batch size → prompts.
         num_tokens: Tokens to generate.
         rounds: How often each has its turn; even rounds go backwards.
+        bandwidth: Measured before each round.
         report: Told once a round.
 
     Returns:
@@ -77,6 +82,8 @@ def sample(
     found = {(name, batch): Samples() for name in workers for batch in prompts}
     for index in range(rounds):
         names = list(workers) if index % 2 == 0 else list(workers)[::-1]
+        for meter in bandwidth:
+            meter.measure()
         for batch, rows in prompts.items():
             for name in names:
                 answer = workers[name].ask("generate", prompts=rows, num_tokens=num_tokens)
@@ -98,21 +105,36 @@ def decode_metrics(samples: Samples, batch: int, floor_ms: float) -> dict[str, A
     }
 
 
-def bandwidth_metrics(weight_bytes: int, threads: int) -> dict[str, float]:
-    """Measure what memory delivers, and what it delivers when the weights of this model are read again and again.
+class Bandwidth:
+    """How fast memory was read during a run: measured again each round, the best counts.
 
+    Two rates: of buffers far larger than any cache, and of as many bytes as the weights of this model, again and again.
     The second is the floor of a decode step: a model that fits the cache is not read from memory each time.
+
+    Args:
+        weight_bytes: Bytes that a step reads.
+        threads: As many as the contenders have.
     """
-    return {
-        "memory_bandwidth_gb_s": read_bandwidth(threads=threads)["gb_s"],
-        "weight_bandwidth_gb_s": read_bandwidth(weight_bytes, threads=threads)["gb_s"],
-    }
+
+    def __init__(self, weight_bytes: int, threads: int) -> None:
+        self._weight_bytes, self._threads = weight_bytes, threads
+        self.memory_gb_s = self.weight_gb_s = 0.0
+
+    def measure(self) -> None:
+        """Measure both once more; takes about two seconds."""
+        self.memory_gb_s = max(self.memory_gb_s, read_bandwidth(threads=self._threads, seconds=0.2)["gb_s"])
+        again = read_bandwidth(self._weight_bytes, threads=self._threads, seconds=0.2)["gb_s"]
+        self.weight_gb_s = max(self.weight_gb_s, again)
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers of a row."""
+        return {"memory_bandwidth_gb_s": self.memory_gb_s, "weight_bandwidth_gb_s": self.weight_gb_s}
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, *, rounds: int, tokens: int) -> None:
     """Declare the options that all have."""
     parser.add_argument("--rounds", type=int, default=rounds, help="timing rounds (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=tokens, help="tokens to generate (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=num_cores(), help="threads of every contender (default: all cores)")
+    parser.add_argument("--threads", type=int, default=num_cores(), help="threads of each (default: all cores)")
     parser.add_argument("--work", type=Path, help="folder for temporary files (default: the system's)")
     parser.add_argument("--results", type=Path, help="folder of result rows (default: benchmarks/results)")

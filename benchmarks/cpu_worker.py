@@ -12,6 +12,7 @@ This file imports only the standard library and what its kind needs: GenAI's env
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -37,7 +38,7 @@ def _versions(*names: str) -> dict[str, str]:
 
 
 def _intervals(times: Sequence[float]) -> list[float]:
-    return [after - before for before, after in zip(times, times[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(times)]
 
 
 class QwenRt:
@@ -96,14 +97,14 @@ class Transformers:
     def load(self, model: str, dtype: str, threads: int, attention: str = "sdpa") -> dict[str, Any]:
         """Load the checkpoint in `dtype`, with its tokenizer, as the qwen-rt bundle has one too."""
         import torch
-        from transformers import AutoTokenizer, Qwen2ForCausalLM
-        from transformers.utils import logging
+        import transformers
 
-        logging.disable_progress_bar()
+        library: Any = transformers  # some releases are typed, some are not
+        library.utils.logging.disable_progress_bar()
         torch.set_num_threads(threads)
-        self.torch = torch
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.model: Any = Qwen2ForCausalLM.from_pretrained(
+        self.torch, self.library = torch, library
+        self.tokenizer = library.AutoTokenizer.from_pretrained(model)
+        self.model = library.Qwen2ForCausalLM.from_pretrained(
             model, dtype=getattr(torch, dtype), attn_implementation=attention
         ).eval()
         self.model.generation_config.eos_token_id = None  # generate all tokens that are asked for
@@ -112,15 +113,12 @@ class Transformers:
 
     def generate(self, prompts: list[list[int]], num_tokens: int) -> dict[str, Any]:
         """Left-padded greedy generation; a stopping criterion that never stops notes the time of each token."""
-        from transformers import StoppingCriteria, StoppingCriteriaList
-
         torch = self.torch
         ends: list[float] = []
 
-        class Clock(StoppingCriteria):  # type: ignore[misc]  # transformers has no types
-            def __call__(self, input_ids: Any, scores: Any, **unused: Any) -> Any:
-                ends.append(time.perf_counter())
-                return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+        def clock(input_ids: Any, scores: Any, **unused: Any) -> Any:
+            ends.append(time.perf_counter())
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
         start = time.perf_counter()
         longest = max(map(len, prompts))
@@ -133,15 +131,9 @@ class Transformers:
                 do_sample=False,
                 use_cache=True,
                 max_new_tokens=num_tokens,
-                stopping_criteria=StoppingCriteriaList([Clock()]),
+                stopping_criteria=self.library.StoppingCriteriaList([clock]),
             )
         return {"tokens": out[:, longest:].tolist(), "first_s": ends[0] - start, "step_s": _intervals(ends)}
-
-    def logits(self, prompt: list[int]) -> list[float]:
-        """Logits after a prompt."""
-        with self.torch.inference_mode():
-            out: list[float] = self.model(self.torch.tensor([prompt])).logits[0, -1].float().tolist()
-        return out
 
 
 class GenAI:
@@ -209,8 +201,6 @@ def main() -> None:
                 answer: dict[str, Any] = {"load_s": time.perf_counter() - start, "versions": versions} | _memory()
             elif method == "memory":
                 answer = _memory()
-            elif method == "logits":
-                answer = {"logits": contender.logits(**arguments)}
             else:
                 answer = contender.generate(**arguments)
         except Exception as error:

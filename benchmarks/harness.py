@@ -23,6 +23,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ UNITS = ("_gb_s", "_tok_s", "_ms", "_us", "_s", "_gb", "_mb", "_bytes", "_ratio"
 """How the name of a metric ends."""
 
 _STATISTICS = ("median", "p10", "p90", "n")
+_MAX_BUSY_SHARE = 0.1
 _PACKAGES = ("onnxruntime", "onnx", "torch", "transformers", "numpy")
 # An absolute path of two parts or more, at the start of a text or after what may stand before one.
 _PATH = re.compile(r"""(?:(?<=^)|(?<=[\s=:,;'"(\[]))~?/(?:[^\s/:,;'"()\[\]]+/)+([^\s/:,;'"()\[\]]*)""")
@@ -168,7 +170,7 @@ def device() -> dict[str, Any]:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Return the versions of Python, qwen-rt, the packages that most benchmarks use, and `packages`, where installed."""
+    """Return the versions of Python, qwen-rt, what most benchmarks use, and `packages`, where installed."""
     found = {"python": platform.python_version(), "qwen-rt": __version__}
     for name in (*_PACKAGES, *packages):
         try:
@@ -182,8 +184,26 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def _busy_share(seconds: float = 0.5) -> float:
+    """Share of all cores' time that this machine spends on others' work, this process asleep; 0 where unknown."""
+
+    def times() -> list[int]:
+        return [int(value) for value in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+
+    try:
+        before = times()
+        time.sleep(seconds)
+        spent = [after - old for old, after in zip(before, times(), strict=True)]
+    except (OSError, ValueError):
+        return 0.0
+    return 1 - (spent[3] + spent[4]) / max(sum(spent), 1)  # idle and iowait
+
+
 def new_run() -> str:
-    """Return the name of a run that starts now; all its rows carry it."""
+    """Return the name of a run that starts now, which all its rows carry; warns if the machine is busy."""
+    busy = _busy_share()
+    if busy > _MAX_BUSY_SHARE:
+        print(f"warning: other programs take {busy:.0%} of this machine; times will be too long", file=sys.stderr)
     return f"{_now()}-{os.getpid()}"
 
 
@@ -205,7 +225,7 @@ def write_row(
         benchmark: Name of the benchmark and of the file.
         contender: What was measured (`qwen-rt`, `transformers fp32`, …).
         metrics: Name with unit → a number, or a dict as `summarize` makes it.
-        settings: All that decides the numbers: shapes, lengths, precision, threads.
+        settings: All that decides the numbers: shapes, lengths, precision, threads. Not how often it was measured.
         check: What was compared before the timing; `passed` must be true.
         run: From `new_run`.
         used: Package → version; None for those of this process.
@@ -220,7 +240,7 @@ def write_row(
         ValueError: A field is malformed.
     """
     if check.get("passed") is not True:
-        raise VerificationError(f"{benchmark}, {contender}: the check did not pass", fix="see its output; no row written")
+        raise VerificationError(f"{benchmark}, {contender}: the check did not pass", fix="see its output; no row then")
     commit, dirty = git_state()
     row: dict[str, Any] = {
         "schema": SCHEMA,

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from qwen_rt.errors import QwenRtError
 from qwen_rt.machine import last_json_line, read_cpu
 
@@ -77,7 +78,7 @@ def run_child(command: Sequence[str], env: Mapping[str, str] | None = None, time
             launcher, capture_output=True, text=True, env={**os.environ, **(env or {})}, timeout=timeout_s, check=False
         )
     except subprocess.TimeoutExpired:
-        raise QwenRtError(f"{Path(command[0]).name} {' '.join(command[1:3])} ran for more than {timeout_s:g} s") from None
+        raise QwenRtError(f"{' '.join(command[1:4])} ran for more than {timeout_s:g} s") from None
     measured = last_json_line(done.stdout)
     if not isinstance(measured, list):
         raise QwenRtError(f"{command[0]} could not be measured: {done.stderr[-300:]}")
@@ -205,6 +206,7 @@ _READERS: dict[str, tuple[type[np.generic], Callable[[NDArray[Any]], object]]] =
     "maximum float32": (np.float32, np.maximum.reduce),
     "maximum int64": (np.int64, np.maximum.reduce),
     "add int64": (np.int64, np.add.reduce),
+    "or uint64": (np.uint64, np.bitwise_or.reduce),
 }
 
 
@@ -221,7 +223,7 @@ def read_bandwidth(nbytes: int | None = None, threads: int = 0, seconds: float =
         seconds: For each reduction.
 
     Returns:
-        `gb_s` (1e9 bytes a second), `nbytes`, `threads`, `reader`, and the rates of all readers.
+        `gb_s` (1e9 bytes a second), `reader`, and the rates of all readers.
     """
     threads = threads or num_cores()
     nbytes = max(8 * l3_bytes(), 512 << 20) if nbytes is None else nbytes
@@ -232,7 +234,7 @@ def read_bandwidth(nbytes: int | None = None, threads: int = 0, seconds: float =
         rates[name] = max(_rate(buffers, reduce, seconds / 3) for _ in range(3)) / 1e9
     best = max(rates, key=lambda name: rates[name])
     rounded = {name: round(rate, 2) for name, rate in rates.items()}
-    return {"gb_s": round(rates[best], 2), "nbytes": share * threads, "threads": threads, "reader": best, "all": rounded}
+    return {"gb_s": rounded[best], "reader": best, "all": rounded}
 
 
 def _rate(buffers: list[NDArray[Any]], reduce: Callable[[NDArray[Any]], object], seconds: float) -> float:
@@ -244,15 +246,14 @@ def _rate(buffers: list[NDArray[Any]], reduce: Callable[[NDArray[Any]], object],
         reduce(buffers[index])
         barrier.wait()
         start, count = time.perf_counter(), 0
-        while (now := time.perf_counter()) - start < seconds:
+        while time.perf_counter() - start < seconds:
             reduce(buffers[index])
             count += 1
-        now = time.perf_counter()
-        rates[index] = count * buffers[index].nbytes / (now - start)
+        rates[index] = count * buffers[index].nbytes / (time.perf_counter() - start)
 
-    workers = [threading.Thread(target=work, args=(index,)) for index in range(len(buffers))]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    readers = [threading.Thread(target=work, args=(index,)) for index in range(len(buffers))]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
     return sum(rates)

@@ -1,7 +1,7 @@
 """Where a decode step of a CPU bundle goes: microseconds per kind of node, and what Python adds around the graph.
 
-The table has the medians of ONNX Runtime's own profile, which slows a step a little; the lines below it compare, without
-the profiler, the graph alone (`run_with_iobinding`), the session around it, and a whole turn of the engine.
+The table has the means of ONNX Runtime's own profile, which adds some microseconds to every node; the lines below it
+compare, without the profiler, the graph alone (`run_with_iobinding`), the session around it, and the engine.
 
     python -m qwen_rt.benchmarks.profile_cpu BUNDLE --batch 1
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import sys
 import tempfile
@@ -20,14 +21,13 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+
 from qwen_rt.benchmarks.cpu_contest import step_weights
 from qwen_rt.benchmarks.harness import percentile
 from qwen_rt.benchmarks.measure import num_cores, read_bandwidth
 from qwen_rt.errors import QwenRtError
 from qwen_rt.runtime.llm import LLM
 from qwen_rt.runtime.sampling_params import SamplingParams
-
-_LAST_LAYER_NODES = {"lm_head": "LM head"}
 
 
 def node_times(profile: Path, num_steps: int) -> dict[str, tuple[float, int]]:
@@ -136,7 +136,7 @@ def layers_of_a_step(bundle: str, batch: int, prompt_tokens: int, num_steps: int
     def median_us(seconds: Sequence[float]) -> float:
         return 1e6 * percentile(seconds, 0.5)
 
-    turn = median_us([after[1] - before[1] for before, after in zip(outer, outer[1:], strict=False)])
+    turn = median_us([after[1] - before[1] for before, after in itertools.pairwise(outer)])
     run = median_us([end - begin for begin, end in outer])
     alone = median_us([end - begin for begin, end in graph])
     return {"graph": alone, "session around it": run - alone, "engine, sampler, text": turn - run, "whole step": turn}
@@ -152,7 +152,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=num_cores(), help="threads (default: all cores)")
     args = parser.parse_args(argv)
     try:
-        weight_bytes = 0
         for batch in args.batch:
             shape = (args.bundle, batch, args.prompt_tokens, args.steps, args.threads)
             nodes = profile_nodes(*shape)

@@ -18,10 +18,11 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
 from qwen_rt.errors import BundleError, CheckpointError, StorageError
+from qwen_rt.manifest_fields import REBUILD, Fields, inner_path, plain_name
 from qwen_rt.spec import ModelSpec
 from qwen_rt.strict_json import parse_object, show
 
@@ -69,7 +70,6 @@ TEXT_FILES = (
 _MAX_MANIFEST_BYTES = 64 << 20
 _HASHED_AT_LOAD_BYTES = 1 << 30
 _BLOCK_BYTES = 8 << 20
-_REBUILD = "build the bundle again: qwen-rt build CHECKPOINT -o BUNDLE"
 
 Check = Literal["auto", "full", "size"]
 
@@ -172,26 +172,26 @@ class Manifest:
             BundleError: It is no manifest, of another format version, or a field is missing or malformed.
         """
         try:
-            document = parse_object(data, source, _REBUILD)
+            document = parse_object(data, source, REBUILD)
         except CheckpointError as error:
             raise BundleError(error.what, error.expected, error.fix) from None
         if document.get("format") != FORMAT:
-            raise BundleError(f"{source}: format={show(document.get('format'))}", f'"{FORMAT}"', _REBUILD)
+            raise BundleError(f"{source}: format={show(document.get('format'))}", f'"{FORMAT}"', REBUILD)
         version = document.get("format_version")
         if type(version) is not int or version < 1:
-            raise BundleError(f"{source}: format_version={show(version)}", "a positive integer", _REBUILD)
+            raise BundleError(f"{source}: format_version={show(version)}", "a positive integer", REBUILD)
         if version > FORMAT_VERSION:
             raise BundleError(
                 f"{source}: format_version={show(version)}",
                 f"{FORMAT_VERSION} or older",
                 "upgrade qwen-rt (pip install -U qwen-rt), or build the bundle again with this version",
             )
-        take = _Fields(document, source)
-        checkpoint = _Fields(take.object("checkpoint"), f"{source}: checkpoint")
+        take = Fields(document, source)
+        checkpoint = Fields(take.object("checkpoint"), f"{source}: checkpoint")
         try:
             model = ModelSpec.from_dict(take.object("model"))
         except Exception as error:
-            raise BundleError(f"{source}: {error}", fix=_REBUILD) from None
+            raise BundleError(f"{source}: {error}", fix=REBUILD) from None
         return cls(
             target=take.choice("target", TARGETS),
             precision=take.choice("precision", tuple(PRECISIONS)),
@@ -204,98 +204,25 @@ class Manifest:
                 path=checkpoint.string("path"),
                 fingerprint=checkpoint.string("fingerprint"),
                 shards={
-                    _plain_name(name, source): _shard_entry(_Fields(entry, f"{source}: shard {show(name)}"))
+                    plain_name(name, source): _shard_entry(Fields(entry, f"{source}: shard {show(name)}"))
                     for name, entry in checkpoint.objects("shards").items()
                 },
             ),
             files={
-                _inner_path(name, source): _file_entry(_Fields(entry, f"{source}: file {show(name)}"))
+                inner_path(name, source): _file_entry(Fields(entry, f"{source}: file {show(name)}"))
                 for name, entry in take.objects("files").items()
             },
             tools=take.strings("tools"),
         )
 
 
-class _Fields:
-    """Typed access to a JSON object whose every value may be wrong."""
-
-    def __init__(self, document: Mapping[str, Any], source: str) -> None:
-        self._document, self._source = document, source
-
-    def _fail(self, key: str, expected: str) -> BundleError:
-        found = show(self._document[key]) if key in self._document else "(missing)"
-        return BundleError(f"{self._source}: {key}={found}", expected, _REBUILD)
-
-    def string(self, key: str) -> str:
-        value = self._document.get(key)
-        if not isinstance(value, str) or not value or "\0" in value:
-            raise self._fail(key, "a non-empty string")
-        return value
-
-    def choice(self, key: str, choices: tuple[str, ...]) -> str:
-        value = self._document.get(key)
-        if not isinstance(value, str) or value not in choices:
-            raise self._fail(key, "one of " + ", ".join(choices))
-        return value
-
-    def integer(self, key: str, low: int) -> int:
-        value = self._document.get(key)
-        if type(value) is not int or not low <= value <= 2**62:
-            raise self._fail(key, f"an integer of at least {low}")
-        return value
-
-    def sha256(self, key: str) -> str:
-        value = self._document.get(key)
-        if not isinstance(value, str) or len(value) != 64 or any(c not in "0123456789abcdef" for c in value):
-            raise self._fail(key, "64 lower-case hex digits")
-        return value
-
-    def is_null(self, key: str) -> bool:
-        return key in self._document and self._document[key] is None
-
-    def object(self, key: str) -> dict[str, Any]:
-        value = self._document.get(key)
-        if not isinstance(value, dict):
-            raise self._fail(key, "an object")
-        return value
-
-    def strings(self, key: str) -> dict[str, str]:
-        value = self.object(key)
-        for name, text in value.items():
-            if not isinstance(text, str):
-                raise BundleError(f"{self._source}: {key}[{show(name)}]={show(text)}", "a string", _REBUILD)
-        return value
-
-    def objects(self, key: str) -> dict[str, dict[str, Any]]:
-        value = self.object(key)
-        for name, entry in value.items():
-            if not isinstance(entry, dict):
-                raise BundleError(f"{self._source}: {key}[{show(name)}]={show(entry)}", "an object", _REBUILD)
-        return value
-
-
-def _file_entry(take: _Fields) -> FileEntry:
+def _file_entry(take: Fields) -> FileEntry:
     return FileEntry(take.integer("nbytes", 0), take.sha256("sha256"))
 
 
-def _shard_entry(take: _Fields) -> ShardEntry:
+def _shard_entry(take: Fields) -> ShardEntry:
     whole = None if take.is_null("sha256") else take.sha256("sha256")
     return ShardEntry(take.string("path"), take.integer("nbytes", 0), take.sha256("header_sha256"), whole)
-
-
-def _inner_path(name: str, source: str) -> str:
-    """A relative path that stays inside the bundle."""
-    parts = PurePosixPath(name).parts
-    if not parts or "\0" in name or name.startswith("/") or ".." in parts or str(PurePosixPath(name)) != name:
-        raise BundleError(f"{source}: file name {show(name)}", "a relative path inside the bundle", _REBUILD)
-    return name
-
-
-def _plain_name(name: str, source: str) -> str:
-    """A file name without folders."""
-    if "/" in _inner_path(name, source):
-        raise BundleError(f"{source}: shard name {show(name)}", "a file name without folders", _REBUILD)
-    return name
 
 
 def file_sha256(path: Path, advance: Callable[[int], object] | None = None) -> str:
@@ -360,7 +287,7 @@ class Bundle:
             _add_weights(weights, name, file, folder)
         for name in TEXT_FILES:
             if name not in manifest.files and (folder / name).exists():
-                raise BundleError(f"{name} of {folder} was added after the build", "the files of the build", _REBUILD)
+                raise BundleError(f"{name} of {folder} was added after the build", "the files of the build", REBUILD)
         total = sum(entry.nbytes for _, entry, _ in to_check)
         heavy = set(weights.values())
         for file, entry, what in to_check:
@@ -368,24 +295,24 @@ class Bundle:
             hashed = check == "full" or (check == "auto" and (total <= _HASHED_AT_LOAD_BYTES or not is_weight))
             _check_file(file, entry, what, hashed)
         if GRAPH_FILE not in manifest.files:
-            raise BundleError(f"{folder} lists no {GRAPH_FILE}", fix=_REBUILD)
+            raise BundleError(f"{folder} lists no {GRAPH_FILE}", fix=REBUILD)
         return cls(folder, manifest, weights)
 
     @staticmethod
     def _read_manifest(folder: Path) -> Manifest:
         if not folder.exists():
-            raise BundleError(f"{folder} does not exist", "a bundle folder", _REBUILD)
+            raise BundleError(f"{folder} does not exist", "a bundle folder", REBUILD)
         if not folder.is_dir():
-            raise BundleError(f"{folder} is a file", "a bundle folder", _REBUILD)
+            raise BundleError(f"{folder} is a file", "a bundle folder", REBUILD)
         file = folder / MANIFEST_FILE
         if not file.is_file():
             if (folder / "config.json").is_file():
                 raise BundleError(
                     f"{folder} is a checkpoint", "a bundle", f"build one: qwen-rt build {folder} -o BUNDLE"
                 )
-            raise BundleError(f"{folder} has no {MANIFEST_FILE}", "a bundle folder", _REBUILD)
+            raise BundleError(f"{folder} has no {MANIFEST_FILE}", "a bundle folder", REBUILD)
         if file.stat().st_size > _MAX_MANIFEST_BYTES:
-            raise BundleError(f"{file} has {file.stat().st_size} bytes", f"at most {_MAX_MANIFEST_BYTES}", _REBUILD)
+            raise BundleError(f"{file} has {file.stat().st_size} bytes", f"at most {_MAX_MANIFEST_BYTES}", REBUILD)
         return Manifest.from_json(file.read_bytes(), str(file))
 
     @property
@@ -397,24 +324,24 @@ class Bundle:
 def _add_weights(weights: dict[str, Path], name: str, file: Path, folder: Path) -> None:
     """Note a weight file by the name that the graph calls it."""
     if name in weights:
-        raise BundleError(f"{folder} has two weight files named {show(name)}", "names that differ", _REBUILD)
+        raise BundleError(f"{folder} has two weight files named {show(name)}", "names that differ", REBUILD)
     weights[name] = file.resolve()
 
 
 def _check_file(file: Path, entry: FileEntry | ShardEntry, what: str, hashed: bool) -> None:
     if not file.is_file():
-        fix = _REBUILD if isinstance(entry, FileEntry) else "put it back, or pass --checkpoint FOLDER, or build again"
+        fix = REBUILD if isinstance(entry, FileEntry) else "put it back, or pass --checkpoint FOLDER, or build again"
         raise BundleError(f"{what} is missing", f"a file of {entry.nbytes} bytes", fix)
     nbytes = file.stat().st_size
     if nbytes != entry.nbytes:
-        raise BundleError(f"{what} has {nbytes} bytes", f"{entry.nbytes} bytes", _REBUILD)
+        raise BundleError(f"{what} has {nbytes} bytes", f"{entry.nbytes} bytes", REBUILD)
     if isinstance(entry, ShardEntry) and header_sha256(file) != entry.header_sha256:
-        raise BundleError(f"{what} has another header than at build time", entry.header_sha256[:12], _REBUILD)
+        raise BundleError(f"{what} has another header than at build time", entry.header_sha256[:12], REBUILD)
     if hashed and entry.sha256 is not None:
         found = file_sha256(file)
         if found != entry.sha256:
             raise BundleError(
-                f"{what} was changed after the build: sha256 {found[:12]}...", f"{entry.sha256[:12]}...", _REBUILD
+                f"{what} was changed after the build: sha256 {found[:12]}...", f"{entry.sha256[:12]}...", REBUILD
             )
 
 

@@ -30,6 +30,7 @@ from qwen_rt.bundle import (
     file_sha256,
 )
 from qwen_rt.checkpoint import Checkpoint
+from qwen_rt.disk import device_error
 from qwen_rt.errors import StorageError, UsageError
 from qwen_rt.export.passes.lower_cpu import lower_cpu
 from qwen_rt.export.portable import WeightLocation, checkpoint_locations, portable_graph
@@ -94,9 +95,11 @@ def build(source: str | Path, out: str | Path, options: BuildOptions | None = No
         try:
             manifest = _Job(opened, settings, stage.path).run()
             stage.commit()
-        except Exception:  # not an interrupt: as after kill -9, the next build goes on from what is there
+        except Exception as error:  # not an interrupt: as after kill -9, the next build goes on from what is there
             with contextlib.suppress(StorageError):
                 stage.abandon()
+            if refused := device_error(error, Path(out)):
+                raise refused from error
             raise
     return manifest
 

@@ -69,7 +69,8 @@ def rms_norm(x: ArrayLike, weight: ArrayLike, eps: float) -> F64:
     Source: `Qwen2RMSNorm`.
     """
     values = _f64(x)
-    return values / np.sqrt(np.mean(values**2, axis=-1, keepdims=True) + eps) * _f64(weight)
+    deviation: F64 = np.sqrt(np.mean(values**2, axis=-1, keepdims=True) + eps)
+    return values / deviation * _f64(weight)
 
 
 def linear(x: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None) -> F64:
@@ -202,7 +203,7 @@ def attention(query: ArrayLike, keys: ArrayLike, values: ArrayLike, write_indice
     Source: `eager_attention_forward` with `repeat_kv`.
     """
     q, k, v = _f64(query), _f64(keys), _f64(values)
-    batch, heads, num_tokens, _ = q.shape
+    heads, num_tokens = q.shape[1:3]
     group = heads // k.shape[1]
     out = np.empty_like(q)
     for row, start in enumerate(np.asarray(write_indices, np.int64)):
@@ -258,7 +259,7 @@ def decoder_layer(
     keys = write_cache(past_key, apply_rotary(heads("k", spec.num_kv_heads), cos, sin), write_indices)
     values = write_cache(past_value, heads("v", spec.num_kv_heads), write_indices)
     attended = attention(query, keys, values, write_indices, spec.head_dim**-0.5)
-    merged = attended.transpose(0, 2, 1, 3).reshape(batch, num_tokens, -1)  # [B, S, H·D]
+    merged = attended.transpose(0, 2, 1, 3).reshape(batch, num_tokens, spec.num_heads * spec.head_dim)  # [B, S, H·D]
     hidden = hidden + linear(merged, weights[f"{layer}.self_attn.o_proj.weight"])
     normed_again = rms_norm(hidden, weights[f"{layer}.post_attention_layernorm.weight"], spec.rms_norm_eps)
     projections = (weights[f"{layer}.mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))

@@ -58,9 +58,9 @@ class LLM:
         check: Check = "auto",
         checkpoint: str | Path | None = None,
     ) -> None:
-        if not isinstance(max_num_seqs, int) or max_num_seqs < 1:
+        if isinstance(max_num_seqs, bool) or not isinstance(max_num_seqs, int) or max_num_seqs < 1:
             raise UsageError(f"max_num_seqs={max_num_seqs}", "an integer of at least 1")
-        if not isinstance(num_threads, int) or num_threads < 0:
+        if isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 0:
             raise UsageError(f"num_threads={num_threads}", "an integer of at least 0")
         opened = Bundle.open(bundle, check, checkpoint)
         self.bundle = opened

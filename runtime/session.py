@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import onnxruntime as ort
@@ -16,7 +17,7 @@ from qwen_rt.runtime.kv_cache import KVCache
 
 __all__ = ["CpuSession"]
 
-_MAX_BINDINGS = 8
+_MAX_BINDINGS = 8  # of a cache
 
 
 class CpuSession:
@@ -51,7 +52,7 @@ class CpuSession:
                 f"ONNX Runtime {ort.__version__} refuses the graph of {bundle.path}: {error}",
                 fix="build the bundle again, or install another onnxruntime",
             ) from None
-        self._bindings: dict[tuple[int, int, int, int], _Binding] = {}
+        self._bindings: WeakKeyDictionary[KVCache, dict[tuple[int, int, int], _Binding]] = WeakKeyDictionary()
 
     def new_cache(self, num_rows: int, capacity: int) -> KVCache:
         """Allocate a cache for `num_rows` sequences of up to `capacity` tokens."""
@@ -78,12 +79,13 @@ class CpuSession:
             Logits, float32[B, V]. The buffer is reused by the next call of the same shape: copy what must stay.
         """
         batch, num_tokens = input_ids.shape
-        key = (id(cache), first_row, batch, num_tokens)
-        binding = self._bindings.get(key)
-        if binding is None or binding.cache is not cache:
-            while len(self._bindings) >= _MAX_BINDINGS:
-                self._bindings.pop(next(iter(self._bindings)))
-            binding = self._bindings[key] = _Binding(self._session, self.spec.vocab_size, cache, *key[1:])
+        bindings = self._bindings.setdefault(cache, {})
+        key = (first_row, batch, num_tokens)
+        binding = bindings.get(key)
+        if binding is None:
+            while len(bindings) >= _MAX_BINDINGS:
+                bindings.pop(next(iter(bindings)))
+            binding = bindings[key] = _Binding(self._session, self.spec.vocab_size, cache, *key)
         binding.input_ids[:] = input_ids
         binding.write_indices[:] = write_indices
         np.add(write_indices, num_tokens, out=binding.kv_lengths)
@@ -96,12 +98,14 @@ class CpuSession:
 
 
 class _Binding:
-    """Inputs and outputs of one call shape, bound once: a decode step writes a few integers and runs."""
+    """Inputs and outputs of one call shape, bound once: a decode step writes a few integers and runs.
+
+    It holds the cache's buffers but not the cache, so that both go when the caller drops the cache.
+    """
 
     def __init__(
         self, session: ort.InferenceSession, vocab_size: int, cache: KVCache, first_row: int, batch: int, tokens: int
     ) -> None:
-        self.cache = cache
         self.input_ids = np.zeros((batch, tokens), np.int64)
         self.write_indices = np.zeros(batch, np.int64)
         self.kv_lengths = np.zeros(batch, np.int64)

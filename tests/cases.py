@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from qwen_rt.bundle import Bundle
 from qwen_rt.checkpoint import Checkpoint, to_float32
 from qwen_rt.export.build import BuildOptions, build
@@ -41,7 +42,8 @@ class Case:
     @cached_property
     def logits(self) -> NDArray[np.float32]:
         """transformers' logits of every position of `ids`: float32[S, V]."""
-        return reference_logits(self.reference, self.ids[None])[0]
+        logits: NDArray[np.float32] = reference_logits(self.reference, self.ids[None])[0]
+        return logits
 
     @cached_property
     def weights(self) -> dict[str, NDArray[np.float32]]:
@@ -59,12 +61,19 @@ class Case:
 
     @cached_property
     def session(self) -> CpuSession:
-        return CpuSession(Bundle.open(self.bundle), num_threads=2)
+        return CpuSession(Bundle.open(self.bundle), num_threads=1)  # more threads only spin: the shapes are small
 
     @cached_property
     def whole(self) -> NDArray[np.float32]:
         """The session's logits of every position of `ids`, through one prefill: float32[S, V]."""
         return all_at_once(self.session, self.ids)
+
+    def narrow(self, dtype: str) -> Path:
+        """A self-contained portable graph that computes in `dtype`, traced in it."""
+        folder = self.folder / f"whole-{dtype}"
+        return (
+            folder if folder.exists() else self.build(folder.name, target="portable", dtype=dtype, self_contained=True)
+        )
 
     def build(self, name: str, source: Path | None = None, **options: Any) -> Path:
         """Build into a folder of that name, from the checkpoint or from `source`."""

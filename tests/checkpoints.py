@@ -41,7 +41,7 @@ class Shape:
     dtype: str = "bfloat16"
 
     def config(self) -> Qwen2Config:
-        extra = {} if self.head_dim is None else {"head_dim": self.head_dim}
+        extra: dict[str, Any] = {} if self.head_dim is None else {"head_dim": self.head_dim}
         return Qwen2Config(
             hidden_size=self.hidden_size,
             num_hidden_layers=self.num_layers,
@@ -99,7 +99,9 @@ SHAPES: dict[str, Shape] = {
         dtype="float16",
         max_position_embeddings=32768,
     ),
-    "yarn": Shape("YaRN far beyond the original 32 positions", 256, 4, 2, 352, 160, rope=_yarn(), max_position_embeddings=128),
+    "yarn": Shape(
+        "YaRN far beyond the original 32 positions", 256, 4, 2, 352, 160, rope=_yarn(), max_position_embeddings=128
+    ),
     "yarn-options": Shape(
         "YaRN with every option set",
         *(256, 2, 1, 352, 160),
@@ -152,6 +154,7 @@ def save_checkpoint(shape: Shape, folder: Path, *, seed: int = 0, shard_bytes: i
 
 def load_reference(folder: Path) -> Any:
     """transformers' model of a checkpoint, weights widened to float32, the plainest attention."""
+    torch.set_num_threads(1)  # more only spin: the shapes are small
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model: Any = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     return model.eval()

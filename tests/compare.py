@@ -50,8 +50,8 @@ def assert_close(
     raise AssertionError(
         f"{what}: cosine {found:.9f} (at least {cosine}), {out.sum()} of {out.size} elements out of tolerance; "
         f"worst at {_index(worst)}: {x[worst]:.9g}, expected {y[worst]:.9g}; "
-        f"largest error {error.max():.3g} = {error.max() / scale if scale else np.inf:.3g} of max|expected| {scale:.6g} "
-        f"(at most {relative:g}); max|actual| {np.abs(x).max():.6g}"
+        f"largest error {error.max():.3g} = {error.max() / scale if scale else np.inf:.3g} of max|expected| "
+        f"{scale:.6g} (at most {relative:g}); max|actual| {np.abs(x).max():.6g}"
     )
 
 

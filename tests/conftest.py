@@ -23,13 +23,23 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
 
 
 @pytest.fixture(scope="session")
-def nano_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CPU bundle of the checkpoint that ships with the package."""
+def nano_portable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The portable graph of the checkpoint that ships with the package; bundles built from it need no new trace."""
     pytest.importorskip("torch")
     from qwen_rt.export.build import BuildOptions, build
 
-    folder = tmp_path_factory.mktemp("nano") / "cpu"
-    build("nano", folder, BuildOptions(quiet=True))
+    folder = tmp_path_factory.mktemp("nano") / "portable"
+    build("nano", folder, BuildOptions(target="portable", quiet=True))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def nano_bundle(nano_portable: Path) -> Path:
+    """A CPU bundle of the checkpoint that ships with the package."""
+    from qwen_rt.export.build import BuildOptions, build
+
+    folder = nano_portable.parent / "cpu"
+    build(nano_portable, folder, BuildOptions(quiet=True))
     return folder
 
 
@@ -38,4 +48,4 @@ def nano(nano_bundle: Path) -> LLM:
     """The nano model, loaded."""
     from qwen_rt.runtime.llm import LLM
 
-    return LLM(nano_bundle, num_threads=2)
+    return LLM(nano_bundle, num_threads=1)

@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from qwen_rt.cli.generate import BOXED
 from qwen_rt.cli.sampling_args import add_sampling_arguments, sampling_overrides
@@ -58,19 +58,20 @@ def converse(llm: LLM, system: str | None, suffix: str, overrides: dict[str, Any
     """Read messages until end of input; returns exit code 0."""
     first = [{"role": "system", "content": system}] if system is not None else []
     messages = list(first)
-    while (line := _read_line()) not in (None, "/exit"):
-        if not line:
-            continue
-        if line == "/reset":
-            messages = list(first)
-            print("(conversation forgotten)", file=sys.stderr)
-        elif line == "/history":
-            for message in messages:
-                print(f"{message['role']}: {message['content']}", file=sys.stderr)
-        elif line.startswith("/"):
-            print(f"unknown command {one_line(line)}; /reset, /history or /exit", file=sys.stderr)
-        else:
-            messages = _turn(llm, messages, line + suffix, overrides)
+    with _CtrlC(_interactive()) as ctrl_c:
+        while (line := _read_line(ctrl_c)) not in (None, "/exit"):
+            if not line:
+                continue
+            if line == "/reset":
+                messages = list(first)
+                print("(conversation forgotten)", file=sys.stderr)
+            elif line == "/history":
+                for message in messages:
+                    print(f"{message['role']}: {message['content']}", file=sys.stderr)
+            elif line.startswith("/"):
+                print(f"unknown command {one_line(line)}; /reset, /history or /exit", file=sys.stderr)
+            else:
+                messages = _turn(llm, messages, line + suffix, overrides, ctrl_c)
     return 0
 
 
@@ -78,10 +79,45 @@ def _interactive() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()
 
 
-def _read_line() -> str | None:
+class _CtrlC:
+    """Ctrl-C on a terminal: an exception where a block allows it, once, and nothing anywhere else.
+
+    Whenever and however often it is pressed, the program stays up and the conversation whole. Where input comes from a
+    pipe, Ctrl-C means what it always does.
+    """
+
+    def __init__(self, on_terminal: bool) -> None:
+        self._on_terminal, self._allowed = on_terminal, False
+
+    def __enter__(self) -> Self:
+        if self._on_terminal:
+            self._previous = signal.signal(signal.SIGINT, self._pressed)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._on_terminal:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _pressed(self, number: int, frame: FrameType | None) -> None:
+        if self._allowed:
+            self._allowed = False
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def allowed(self) -> Iterator[None]:
+        """Let it raise `KeyboardInterrupt`; to be entered inside the `try` that catches it."""
+        self._allowed = True
+        try:
+            yield
+        finally:
+            self._allowed = False
+
+
+def _read_line(ctrl_c: _CtrlC) -> str | None:
     """Return the next message or command; None at the end of input, "" where there is nothing to do."""
     try:
-        return input("> " if _interactive() else "").strip()
+        with ctrl_c.allowed():
+            return input("> " if _interactive() else "").strip()
     except (EOFError, RuntimeError):  # RuntimeError: stdin was closed by whoever started us
         if _interactive():
             print(file=sys.stderr)
@@ -98,12 +134,24 @@ def _read_line() -> str | None:
     return ""
 
 
-def _turn(llm: LLM, messages: list[dict[str, str]], text: str, overrides: dict[str, Any]) -> list[dict[str, str]]:
+def _turn(
+    llm: LLM, messages: list[dict[str, str]], text: str, overrides: dict[str, Any], ctrl_c: _CtrlC
+) -> list[dict[str, str]]:
     """Answer one message; returns the conversation, as it was if there is no answer."""
     asked = [*messages, {"role": "user", "content": text}]
     pieces: list[str] = []
     try:
-        stopped = _answer(llm, asked, overrides, pieces)
+        with ctrl_c.allowed():
+            for chunk in llm.stream(asked, **overrides):
+                pieces.append(chunk.text)
+                print(chunk.text, end="", flush=True)
+        print()
+    except KeyboardInterrupt:
+        if not _interactive():
+            raise
+        print(" [stopped]")
+        if not pieces:
+            return messages
     except CapacityError as error:
         print(f"qwen-rt: {error}; /reset starts anew", file=sys.stderr)
         return messages
@@ -112,35 +160,4 @@ def _turn(llm: LLM, messages: list[dict[str, str]], text: str, overrides: dict[s
             raise
         print(f"qwen-rt: {error}", file=sys.stderr)
         return messages
-    if stopped and not pieces:
-        return messages
     return [*asked, {"role": "assistant", "content": "".join(pieces)}]
-
-
-def _answer(llm: LLM, messages: list[dict[str, str]], overrides: dict[str, Any], pieces: list[str]) -> bool:
-    """Stream one answer and collect its pieces; returns whether Ctrl-C ended it early."""
-    with _one_interrupt():
-        try:
-            for chunk in llm.stream(messages, **overrides):
-                pieces.append(chunk.text)
-                print(chunk.text, end="", flush=True)
-        except KeyboardInterrupt:
-            print(" [stopped]")
-            return True
-        print()
-        return False
-
-
-@contextlib.contextmanager
-def _one_interrupt() -> Iterator[None]:
-    """Let the first Ctrl-C raise `KeyboardInterrupt` and ignore impatient ones after it, until the block ends."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -18,7 +18,8 @@ FLOAT_TYPES = {
 
 def activation_types(model: ir.Model) -> set[ir.DataType]:
     """The floating-point dtypes of a graph's inputs, which are its KV cache's: one in every portable graph."""
-    return {value.dtype for value in model.graph.inputs if value.dtype in FLOAT_TYPES.values()}
+    present = {value.dtype for value in model.graph.inputs}
+    return {dtype for dtype in FLOAT_TYPES.values() if dtype in present}
 
 
 def set_compute_dtype(model: ir.Model, dtype: str) -> ir.Model:
@@ -43,7 +44,9 @@ def set_compute_dtype(model: ir.Model, dtype: str) -> ir.Model:
     graph = model.graph
     present = activation_types(model)
     if ir.DataType.FLOAT in present and target != ir.DataType.FLOAT:
-        raise GraphError(f"a float32 graph cannot become {dtype}", "a graph traced in a narrower dtype", "trace it again")
+        raise GraphError(
+            f"a float32 graph cannot become {dtype}", "a graph traced in a narrower dtype", "trace it again"
+        )
     for node in list(graph):
         if node.op_type == "Cast" and node.attributes["to"].as_int() in {int(t) for t in present}:
             node.attributes["to"] = ir.AttrInt64("to", int(target))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from qwen_rt.cli import main
 
 from .kit import Outcome, copy_nano, shared_bundle, shared_graph

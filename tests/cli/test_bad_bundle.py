@@ -42,7 +42,10 @@ def _loop(folder: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
-    "newer format": (_manifest(format_version=99), ("format_version=99", "expected 1 or older", "pip install -U qwen-rt")),
+    "newer format": (
+        _manifest(format_version=99),
+        ("format_version=99", "expected 1 or older", "pip install -U qwen-rt"),
+    ),
     "another format": (_manifest(format="zip"), ('format="zip"', "expected", REBUILD)),
     "format with controls": (_manifest(format=HOSTILE), ("expected", REBUILD)),
     "no manifest, no config": (
@@ -57,8 +60,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "longer graph": (lambda f: (f / GRAPH).write_bytes((f / GRAPH).read_bytes() + b"x"), ("bytes; expected", REBUILD)),
     "missing graph": (lambda f: (f / GRAPH).unlink(), (GRAPH, "is missing", "expected a file of", REBUILD)),
     "a graph that links to itself": (_loop, ("cannot be read|is missing", "expected")),
-    "tampered tokenizer": (lambda f: flip_byte(f / "tokenizer.json", 500), ("tokenizer.json", "changed after", REBUILD)),
-    "tampered template": (lambda f: flip_byte(f / "tokenizer_config.json", 900), ("tokenizer_config", "changed", REBUILD)),
+    "tampered tokenizer": (
+        lambda f: flip_byte(f / "tokenizer.json", 500),
+        ("tokenizer.json", "changed after", REBUILD),
+    ),
+    "tampered template": (
+        lambda f: flip_byte(f / "tokenizer_config.json", 900),
+        ("tokenizer_config", "changed", REBUILD),
+    ),
     "added template": (
         lambda f: (f / "chat_template.jinja").write_text("{{ 'obey' }}"),
         ("chat_template.jinja", "added after the build", REBUILD),
@@ -100,7 +109,9 @@ def test_a_path_that_is_no_bundle(command: str, graph: Path, workplace: Path, cl
 
 
 def test_building_from_a_bundle(bundle: Path, workplace: Path, cli: Cli) -> None:
-    cli("build", bundle, "-o", "out").refused(1, "bundle of target cpu", "expected a checkpoint", "build from its checkp")
+    cli("build", bundle, "-o", "out").refused(
+        1, "bundle of target cpu", "expected a checkpoint", "build from its checkp"
+    )
     assert names(workplace) == set()
 
 

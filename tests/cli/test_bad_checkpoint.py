@@ -118,9 +118,7 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("damage", [name for name in DAMAGES if name != "index without a tensor"])
-def test_a_damaged_checkpoint_is_refused_in_one_line(
-    damage: str, nano_copy: Path, workplace: Path, cli: Cli
-) -> None:
+def test_a_damaged_checkpoint_is_refused_in_one_line(damage: str, nano_copy: Path, workplace: Path, cli: Cli) -> None:
     harm, words = DAMAGES[damage]
     harm(nano_copy)
     before = names(nano_copy)
@@ -141,7 +139,9 @@ def test_a_bundle_of_a_checkpoint_that_was_damaged_later_is_not_built(
 
 @pytest.mark.parametrize("command", ["build", "export"])
 def test_a_missing_checkpoint(command: str, workplace: Path, cli: Cli) -> None:
-    cli(command, "absent", "-o", "out").refused(1, "absent does not exist", "expected a checkpoint folder", "hf download")
+    cli(command, "absent", "-o", "out").refused(
+        1, "absent does not exist", "expected a checkpoint folder", "hf download"
+    )
     (workplace / "file").write_text("x")
     cli(command, "file", "-o", "out").refused(1, "is a file", "expected", "name its folder")
     cli(command, "x" * 5000, "-o", "out").refused(1, "too long", "check the path")

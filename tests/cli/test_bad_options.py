@@ -97,7 +97,10 @@ def test_a_prompt_longer_than_the_cache(graph: Path, workplace: Path, cli: Cli) 
         (["--max-length", "2049"], ("max-length=2049", "expected 1 to 2048", "choose a smaller")),
         (["--max-length", "9" * 5000], ("--max-length|max-length=",)),
         (["--max-length", "long"], ("--max-length", "invalid int value: 'long'", "see qwen-rt build --help")),
-        (["--precision", "fp8"], ("--precision", "invalid choice: 'fp8'", "one of 'auto', 'fp32'|auto, fp32", "--help")),
+        (
+            ["--precision", "fp8"],
+            ("--precision", "invalid choice: 'fp8'", "one of 'auto', 'fp32'|auto, fp32", "--help"),
+        ),
         (["--precision", HOSTILE], ("--precision", "invalid choice")),
         (["--target", "gpu"], ("--target", "invalid choice: 'gpu'", "--help")),
         (["--nonsense"], ("unrecognized arguments: --nonsense", "--help")),
@@ -127,11 +130,17 @@ def test_output_paths_in_the_way(graph: Path, workplace: Path, cli: Cli) -> None
     (workplace / "file").write_text("mine")
     (workplace / "full").mkdir()
     (workplace / "full" / "thesis.tex").write_text("mine")
-    cli("build", graph, "-o", "file").refused(1, "file exists and is a file", "expected a new or empty folder", "choose")
+    cli("build", graph, "-o", "file").refused(
+        1, "file exists and is a file", "expected a new or empty folder", "choose"
+    )
     cli("build", graph, "-o", "file", "--force").refused(1, "is a file", "expected", "choose another path")
     cli("build", graph, "-o", "full").refused(1, "exists and is not empty", "expected a new or empty folder", "--force")
-    cli("build", graph, "-o", "full", "--force").refused(1, "holds no manifest.json", "expected a folder written by qwen")
-    cli("build", graph, "-o", "no/parent").refused(1, "no is not a folder", "expected an existing folder", "run mkdir -p")
+    cli("build", graph, "-o", "full", "--force").refused(
+        1, "holds no manifest.json", "expected a folder written by qwen"
+    )
+    cli("build", graph, "-o", "no/parent").refused(
+        1, "no is not a folder", "expected an existing folder", "run mkdir -p"
+    )
     cli("build", graph, "-o", "file/x").refused(1, "is not a folder", "expected an existing folder")
     cli("build", graph, "-o", "x" * 300).refused(1, "too long", "shorter")
     cli("build", graph, "-o", f"no{HOSTILE}/out").refused(1, "is not a folder", "expected an existing folder")
@@ -145,7 +154,9 @@ def test_output_may_not_replace_what_is_read(packed: Path, workplace: Path, cli:
     """`build graph -o graph --force` would make a bundle that refers to files it has just removed."""
     assert cli("export", packed.parent / "graph", "-o", "portable", "--self-contained", "--quiet").code == 0
     before = names(workplace / "portable" / "graph")
-    line = cli("build", "portable", "-o", "portable", "--force").refused(1, "portable holds", "expected a folder of its own")
+    line = cli("build", "portable", "-o", "portable", "--force").refused(
+        1, "portable holds", "expected a folder of its own"
+    )
     assert "choose another --output" in line
     assert names(workplace / "portable" / "graph") == before
     assert names(workplace) == {"portable"}

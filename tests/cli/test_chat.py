@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from qwen_rt.cli import chat
 from qwen_rt.errors import TextError
 from qwen_rt.runtime.llm import LLM

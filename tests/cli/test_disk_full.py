@@ -62,7 +62,9 @@ def test_a_failed_replacement_keeps_the_old_bundle(small_disk: Path, graph: Path
 def test_a_full_disk_below_an_answer(tiny_disk: Path, bundle: Path, cli: Cli) -> None:
     (tiny_disk / "answers.jsonl").write_text("old")
     (tiny_disk / "ballast").write_bytes(bytes(60 << 10))
-    result = cli("generate", bundle, "hi", "--max-tokens", "64", "--logprobs", "20", "--json", tiny_disk / "answers.jsonl")
+    result = cli(
+        "generate", bundle, "hi", "--max-tokens", "64", "--logprobs", "20", "--json", tiny_disk / "answers.jsonl"
+    )
     result.refused(1, "answers.jsonl: no space left on the device", "free some space")
     assert (tiny_disk / "answers.jsonl").read_text() == "old"
     assert names(tiny_disk) == {"answers.jsonl", "ballast"}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from qwen_rt.cli.generate import BOXED
 from qwen_rt.runtime.llm import LLM
 
@@ -128,7 +129,10 @@ def test_streaming_gives_each_piece_as_it_comes(bundle: Path) -> None:
 
 def test_a_reader_that_goes_away_is_no_error(bundle: Path) -> None:
     """`qwen-rt … | head -c 5`: silence."""
-    for arguments in (["generate", bundle, "--ignore-eos", "--max-tokens", "500", QUESTION], ["inspect", bundle, "--json"]):
+    for arguments in (
+        ["generate", bundle, "--ignore-eos", "--max-tokens", "500", QUESTION],
+        ["inspect", bundle, "--json"],
+    ):
         read_end, write_end = os.pipe()
         with subprocess.Popen(
             command(*arguments), stdout=write_end, stderr=subprocess.PIPE, env=environment(), text=True

@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from qwen_rt._version import __version__
 from qwen_rt.cli import COMMANDS, main
 
@@ -61,9 +62,7 @@ def test_help_needs_nothing_heavy() -> None:
         "import sys, qwen_rt.cli as c; c._parser().format_help(); "
         "print(sorted({'torch', 'onnxruntime', 'onnx', 'tokenizers', 'transformers'} & set(sys.modules)))"
     )
-    done = subprocess.run(
-        [command()[0], "-c", code], capture_output=True, text=True, check=True, env=environment()
-    )
+    done = subprocess.run([command()[0], "-c", code], capture_output=True, text=True, check=True, env=environment())
     assert done.stdout == "[]\n"
 
 

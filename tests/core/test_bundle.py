@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+
 from qwen_rt import bundle as bundle_module
 from qwen_rt.bundle import GRAPH_FILE, MANIFEST_FILE, Bundle, Check, Manifest, file_sha256, header_sha256
 from qwen_rt.errors import BundleError, QwenRtError, StorageError
@@ -50,7 +51,7 @@ def test_the_manifest_is_what_to_json_writes(packed: Path, linked: Path) -> None
         data = (folder / MANIFEST_FILE).read_bytes()
         manifest = Manifest.from_json(data)
         assert manifest.to_json() == data
-        listed = {name for name in manifest.files} | {MANIFEST_FILE}
+        listed = set(manifest.files) | {MANIFEST_FILE}
         assert listed == {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
         for name, entry in manifest.files.items():
             assert (entry.nbytes, entry.sha256) == ((folder / name).stat().st_size, file_sha256(folder / name))
@@ -63,7 +64,8 @@ def _opens(folder: Path, check: Check) -> bool:
     try:
         Bundle.open(folder, check)
     except BundleError as error:
-        assert "changed after the build" in str(error)
+        if "changed after the build" not in str(error):
+            raise
         return False
     return True
 
@@ -117,7 +119,7 @@ def test_a_shard_is_named_by_a_plain_file_name(name: str, linked: Path) -> None:
         shards[name] = shards.pop(SHARDS[0])
 
     edit_manifest(linked, change)
-    with pytest.raises(BundleError, match="expected a relative path inside|expected a file name without folders"):
+    with pytest.raises(BundleError, match=r"expected a relative path inside|expected a file name without folders"):
         Bundle.open(linked)
 
 
@@ -175,7 +177,7 @@ def test_what_is_no_bundle(packed: Path, tmp_path: Path) -> None:
 
 def test_a_manifest_that_lists_no_graph(packed: Path) -> None:
     edit_manifest(packed, lambda document: document["files"].pop(GRAPH_FILE))
-    with pytest.raises(BundleError, match="lists no graph/rank0.onnx"):
+    with pytest.raises(BundleError, match=r"lists no graph/rank0\.onnx"):
         Bundle.open(packed)
 
 

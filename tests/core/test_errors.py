@@ -6,6 +6,7 @@ import inspect
 import time
 
 import pytest
+
 from qwen_rt import errors
 from qwen_rt.errors import CapacityError, QwenRtError, StorageError, UsageError, one_line
 

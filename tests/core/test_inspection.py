@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+
 from qwen_rt.bundle import GRAPH_FILE
 from qwen_rt.checkpoint import Checkpoint
 from qwen_rt.errors import BundleError

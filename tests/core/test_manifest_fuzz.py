@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
@@ -12,19 +13,34 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from qwen_rt.bundle import GRAPH_FILE, MANIFEST_FILE, Bundle, Manifest
 from qwen_rt.errors import BundleError, QwenRtError
 from qwen_rt.inspection import inspect
 
 from ..cli.kit import rehash, shared_bundle
 
-NUM_MANIFESTS, NUM_OPENED, NUM_GRAPHS = 3000, 400, 250
+NUM_MANIFESTS, NUM_OPENED, NUM_GRAPHS = 2200, 300, 210
 MAX_SECONDS, MAX_PEAK_BYTES = 20.0, 64 << 20
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2**31, 2**62 + 1, 10**19, 1e308, -0.5, "", "x", "\0", "\ud800", "../x", "/etc/passwd",
     "a\nb\x1b[31m", "x" * 5000, [], {}, [[]], {"": {}}, float("nan"), float("inf"), "0" * 64, "É" * 300,
 )  # fmt: skip
-NAMES = ("../x", "/etc/passwd", "..", ".", "", "a/../../x", "\0", "a\nb", "x" * 300, "x/" * 3000 + "y", "\\..\\x", "C:\\x", "é")
+NAMES = (
+    "../x",
+    "/etc/passwd",
+    "..",
+    ".",
+    "",
+    "a/../../x",
+    "\0",
+    "a\nb",
+    "x" * 300,
+    "x/" * 3000 + "y",
+    "\\..\\x",
+    "C:\\x",
+    "é",
+)
 
 
 def _places(node: Any, depth: int = 8) -> Iterator[tuple[Any, Any]]:
@@ -89,6 +105,12 @@ def _mutations(data: bytes, seed: int, count: int) -> Iterator[bytes]:
         yield _mutate_document(json.loads(data), rng) if rng.random() < 0.6 else _mutate_bytes(data, rng)
 
 
+def _check_message(error: QwenRtError) -> None:
+    """One printable line, however long and strange the names in it."""
+    assert str(error).isprintable()
+    assert len(str(error)) < 3100
+
+
 @pytest.fixture(scope="module")
 def manifest() -> bytes:
     return (shared_bundle() / MANIFEST_FILE).read_bytes()
@@ -106,8 +128,7 @@ def test_mutated_manifests_are_read_or_refused(manifest: bytes) -> None:
                 found = Manifest.from_json(data)
             except QwenRtError as error:
                 refused += 1
-                assert str(error).isprintable()
-                assert len(str(error)) < 3100
+                _check_message(error)
             else:
                 read += 1
                 assert Manifest.from_json(found.to_json()) == found, "what is read can be written and read again"
@@ -135,13 +156,11 @@ def test_bundles_with_mutated_manifests_open_whole_or_not_at_all(manifest: bytes
             Bundle.open(folder)
         except QwenRtError as error:
             refused += 1
-            assert str(error).isprintable()
+            _check_message(error)
         else:
             opened += 1
-        try:
+        with contextlib.suppress(QwenRtError):
             inspect(folder).render(with_layers=True)
-        except QwenRtError:
-            pass
     assert opened > 0
     assert refused > NUM_OPENED // 2
     assert time.perf_counter() - start < MAX_SECONDS
@@ -164,7 +183,7 @@ def test_mutated_graphs(consistent: bool, tmp_path: Path) -> None:
             continue
         (folder / GRAPH_FILE).write_bytes(changed)
         if not consistent:
-            with pytest.raises(BundleError, match="changed after the build|bytes; expected"):
+            with pytest.raises(BundleError, match=r"changed after the build|bytes; expected"):
                 Bundle.open(folder)
             continue
         rehash(folder, GRAPH_FILE)
@@ -173,7 +192,7 @@ def test_mutated_graphs(consistent: bool, tmp_path: Path) -> None:
             text = inspect(folder).render(with_layers=True)
         except QwenRtError as error:
             refused += 1
-            assert str(error).isprintable()
+            _check_message(error)
         else:
             shown += 1
             assert all(line.isprintable() for line in text.split("\n"))

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
+
 from qwen_rt import tensors
 from qwen_rt.bundle import Bundle
 from qwen_rt.spec import ModelSpec
@@ -59,7 +60,7 @@ def ort_session(graph: str | bytes, weights: Path | None = None) -> ort.Inferenc
     """A CPU session on a graph whose external data lies in `weights`."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = 2
+    options.intra_op_num_threads = 1
     if weights is not None:
         key = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(key, str(weights))

@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from qwen_rt.bundle import MANIFEST_FILE, Bundle
+
+from qwen_rt.bundle import Bundle
 from qwen_rt.checkpoint import Checkpoint, to_float32
 from qwen_rt.errors import BundleError, StorageError, UsageError
-from qwen_rt.export import build as build_module
-from qwen_rt.export import weights
 from qwen_rt.export.build import BuildOptions, build
 from qwen_rt.runtime.llm import LLM
 from qwen_rt.safetensors_header import read_header
@@ -29,8 +28,6 @@ from ..cli.kit import (
     contents,
     copy_graph_of,
     copy_nano,
-    edit_json,
-    edit_manifest,
     environment,
     names,
     shared_bundle,
@@ -61,7 +58,9 @@ def options(**fields: object) -> BuildOptions:
 # ---------------------------------------------------------------- precision
 
 
-@pytest.mark.parametrize(("precision", "stored"), [("fp32", "F32"), ("bf16", "BF16"), ("fp16", "F16"), ("auto", "BF16")])
+@pytest.mark.parametrize(
+    ("precision", "stored"), [("fp32", "F32"), ("bf16", "BF16"), ("fp16", "F16"), ("auto", "BF16")]
+)
 def test_every_precision_stores_the_weights_it_says(
     precision: str, stored: str, tmp_path: Path, expected: NDArray[np.float32]
 ) -> None:
@@ -183,7 +182,9 @@ def _hugging_face_cache(folder: Path) -> Path:
     blobs, snapshot = folder / "blobs", folder / "snapshots" / "abc123"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
-    for number, file in enumerate(sorted(path for path in NANO_FOLDER.iterdir() if path.suffix in (".json", ".safetensors"))):
+    for number, file in enumerate(
+        sorted(path for path in NANO_FOLDER.iterdir() if path.suffix in (".json", ".safetensors"))
+    ):
         blob = blobs / f"{number:064x}"
         shutil.copy(file, blob)
         (snapshot / file.name).symlink_to(f"../../blobs/{blob.name}")
@@ -320,92 +321,3 @@ def test_two_builds_of_one_output(tmp_path: Path) -> None:
         assert first.wait(60) == 0
     assert contents(tmp_path / "out") == contents(shared_bundle())
     assert names(tmp_path) == {"gate", "out"}
-
-
-# ---------------------------------------------------------------- resuming
-
-
-class _KilledError(BaseException):
-    """Stands for kill -9: no `except Exception` sees it."""
-
-
-def _stop_before(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    def stop(*args: object, **kwargs: object) -> None:
-        raise _KilledError
-
-    monkeypatch.setattr(build_module._Job, what, stop)
-
-
-def test_a_stopped_build_keeps_what_it_has_and_reuses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "MAX_FILE_BYTES", 4 << 20)
-    build(shared_graph(), tmp_path / "whole", options(precision="fp32"))
-    with monkeypatch.context() as patch:
-        _stop_before(patch, "_sweep")
-        with pytest.raises(_KilledError):
-            build(shared_graph(), tmp_path / "out", options(precision="fp32"))
-    stage = tmp_path / ".out.partial"
-    inodes = {path.name: path.stat().st_ino for path in (stage / "graph").iterdir()}
-    assert len(inodes) > 5
-    victim = sorted(inodes)[3]
-    data = bytearray((stage / "graph" / victim).read_bytes())
-    data[-1] ^= 1  # not what the journal says: written again
-    (stage / "graph" / victim).write_bytes(data)
-    (stage / "graph" / "rank0-00009-of-00099.safetensors").write_bytes(b"of a plan that nobody follows any more")
-    build(shared_graph(), tmp_path / "out", options(precision="fp32"))
-    again = {path.name: path.stat().st_ino for path in (tmp_path / "out" / "graph").iterdir()}
-    assert {name for name in inodes if again[name] == inodes[name]} >= set(inodes) - {victim}
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert names(tmp_path) == {"out", "whole"}
-
-
-@pytest.mark.parametrize("changed", ["tokenizer.json", "generation_config.json", SHARDS[0], "options"])
-def test_nothing_stale_is_reused(changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that changed between kill and rerun, or other options: the result is that of an undisturbed build."""
-    checkpoint = copy_nano(tmp_path / "checkpoint")
-    portable = copy_graph_of(checkpoint, tmp_path / "portable")
-    with monkeypatch.context() as patch:
-        _stop_before(patch, "_link_shards" if changed == "options" else "_sweep")
-        with pytest.raises(_KilledError):
-            build(portable, tmp_path / "out", options(self_contained=changed != "options"))
-    if changed == "options":
-        final = options(max_length=99)
-    else:
-        final = options(self_contained=True)
-        file = portable / changed if changed.endswith(".json") else checkpoint / changed
-        if changed.endswith(".json"):
-            edit_json(file, lambda document: document.update(version_of_test="2"))
-            _rehash_portable(portable, changed)
-        else:
-            data = bytearray(file.read_bytes())
-            data[-2] ^= 1
-            file.write_bytes(data)
-    build(portable, tmp_path / "out", final)
-    build(portable, tmp_path / "fresh", final)
-    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
-    assert ".journal.json" not in contents(tmp_path / "out")
-
-
-def _rehash_portable(portable: Path, name: str) -> None:
-    from ..cli.kit import rehash
-
-    rehash(portable, name)
-    edit_manifest(portable, lambda document: document["tools"].update(touched="yes"))
-
-
-def test_an_error_leaves_nothing_but_an_interrupt_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(error: BaseException) -> None:
-        def raise_it(*args: object) -> None:
-            raise error
-
-        monkeypatch.setattr(build_module._Job, "_sweep", raise_it)
-
-    for error in (StorageError("disk"), RuntimeError("bug"), OSError(28, "No space left on device")):
-        fail(error)
-        with pytest.raises((StorageError, RuntimeError)):
-            build(shared_graph(), tmp_path / "out", QUIET)
-        assert names(tmp_path) == set()
-    fail(KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        build(shared_graph(), tmp_path / "out", QUIET)
-    assert names(tmp_path) == {".out.partial"}
-    assert not (tmp_path / ".out.partial" / MANIFEST_FILE).exists()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
+
 from qwen_rt.bundle import Bundle
 from qwen_rt.checkpoint import Checkpoint
 from qwen_rt.errors import UsageError
 from qwen_rt.plugins import reference
 from qwen_rt.runtime.session import CpuSession
-from qwen_rt.tolerances import LONG_POSITION_RELATIVE_FP32, PARITY_RELATIVE_FP32
-from transformers import DynamicCache
+from qwen_rt.tolerances import PARITY_RELATIVE_FP32
 
 from ..cases import Zoo, in_chunks
 from ..checkpoints import SHAPES, random_ids, reference_logits
@@ -40,7 +41,7 @@ def test_a_bundle_reaches_its_max_length_exactly(zoo: Zoo, max_length: int) -> N
     case = zoo.case("yarn")
     folder = case.build(f"max-{max_length}", case.portable, max_length=max_length)
     bundle = Bundle.open(folder)
-    session = CpuSession(bundle, 2)
+    session = CpuSession(bundle, 1)
     assert session.max_length == bundle.manifest.max_length == max_length
     found = in_chunks(session, case.ids[:max_length], 1)
     assert_close(found, case.logits[:max_length], relative=PARITY_RELATIVE_FP32)
@@ -70,9 +71,12 @@ def test_the_end_of_a_context_of_32768_equals_the_exact_formula_and_transformers
         case.session.run(cache, 0, ids[None, [i]], np.array([start + i]), ZERO)[0].copy() for i in range(num_tokens)
     ]
     exact, _, _ = reference.decode(spec, case.weights, ids[None], [keys], [values], [start])
-    assert_close(np.stack(steps), exact[0], relative=1e-9)
+    assert_close(np.stack(steps), exact[0], relative=PARITY_RELATIVE_FP32)
+    one_early, _, _ = reference.decode(spec, case.weights, ids[None], [keys], [values], [start - 1])
+    with pytest.raises(AssertionError, match="out of tolerance"):  # a position off by one would show
+        assert_close(one_early[0], exact[0], relative=10 * PARITY_RELATIVE_FP32)
     past = DynamicCache(config=case.reference.config)
     past.update(torch.from_numpy(keys[:, :, :start]), torch.from_numpy(values[:, :, :start]), 0)
     with torch.no_grad():
         logits = case.reference(torch.from_numpy(ids[None]), past_key_values=past).logits[0].numpy()
-    assert_close(np.stack(steps), logits, relative=1e-9)
+    assert_close(np.stack(steps), logits, relative=PARITY_RELATIVE_FP32)

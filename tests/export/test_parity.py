@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+
 from qwen_rt.bundle import Bundle
 from qwen_rt.runtime.session import CpuSession
 from qwen_rt.tolerances import CHUNKING_RELATIVE_FP32, PARITY_RELATIVE_FP32
@@ -82,7 +83,9 @@ def test_a_ragged_batch_equals_its_rows_one_by_one(case: Case) -> None:
         alone = session.new_cache(1, length + steps)
         expected = [session.run(alone, 0, rows[None, row, :length], ZERO, np.array([length - 1]))[0].copy()]
         for position in range(length, length + steps):
-            expected.append(session.run(alone, 0, rows[row, position][None, None], np.array([position]), ZERO)[0].copy())
+            expected.append(
+                session.run(alone, 0, rows[row, position][None, None], np.array([position]), ZERO)[0].copy()
+            )
         actual = np.stack([logits[row] for logits in found])
         assert_close(actual, np.stack(expected), relative=CHUNKING_RELATIVE_FP32, cosine=1 - 1e-9, what=f"row {row}")
 
@@ -139,7 +142,9 @@ def test_a_bundle_built_straight_from_the_checkpoint_is_the_same(zoo: Zoo) -> No
     assert (direct / "graph/rank0.onnx").read_bytes() == (case.bundle / "graph/rank0.onnx").read_bytes()
 
 
-@pytest.mark.parametrize(("name", "precision"), [("odd", "bf16"), ("odd", "fp16"), ("yarn", "fp32"), ("one-layer", "fp32")])
+@pytest.mark.parametrize(
+    ("name", "precision"), [("odd", "bf16"), ("odd", "fp16"), ("yarn", "fp32"), ("one-layer", "fp32")]
+)
 def test_stored_precision_is_all_that_changes(zoo: Zoo, name: str, precision: str) -> None:
     """A bundle that rounds its weights equals transformers on weights rounded the same way, to float32 accuracy."""
     case = zoo.case(name)
@@ -148,7 +153,7 @@ def test_stored_precision_is_all_that_changes(zoo: Zoo, name: str, precision: st
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_(weight.to(dtype).float())
-    session = CpuSession(Bundle.open(case.build(precision, case.portable, precision=precision)), 2)
+    session = CpuSession(Bundle.open(case.build(precision, case.portable, precision=precision)), 1)
     expected = reference_logits(model, case.ids[None])[0]
     assert_close(all_at_once(session, case.ids), expected, relative=PARITY_RELATIVE_FP32)
     if precision != "fp32":
@@ -160,5 +165,13 @@ def test_a_self_contained_bundle_needs_no_checkpoint(zoo: Zoo) -> None:
     case = zoo.case("odd")
     bundle = Bundle.open(case.build("self-contained", case.portable, self_contained=True))
     assert all(path.is_relative_to(bundle.path.resolve()) for path in bundle.weight_files.values())
-    found = all_at_once(CpuSession(bundle, 2), case.ids)
+    found = all_at_once(CpuSession(bundle, 1), case.ids)
     assert np.array_equal(found, case.whole)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_portable_graph_of_a_narrow_dtype_gives_the_same_bundle(zoo: Zoo, dtype: str) -> None:
+    """`qwen-rt export`, then `qwen-rt build` of what it wrote: nothing of the narrow dtype stays in the CPU graph."""
+    case = zoo.case("tiny")
+    session = CpuSession(Bundle.open(case.build(f"from-{dtype}", case.narrow(dtype))), 1)
+    assert np.array_equal(all_at_once(session, case.ids), case.whole)

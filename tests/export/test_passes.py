@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 import pytest
+
 from qwen_rt import tensors
 from qwen_rt.checkpoint import Checkpoint
 from qwen_rt.errors import GraphError
@@ -96,19 +97,23 @@ def test_the_steps_above_are_lower_cpu(zoo: Zoo, name: str) -> None:
     case = zoo.case(name)
     whole = load(case)
     lower_cpu(whole, spec_of(case), 128)
-    stepwise, direct = (ir.serde.serialize_model(m).SerializeToString(deterministic=True) for m in (load(case, *ORDER), whole))
+    stepwise, direct = (
+        ir.serde.serialize_model(m).SerializeToString(deterministic=True) for m in (load(case, *ORDER), whole)
+    )
     assert stepwise == direct
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_compute_dtype_widens_a_graph_that_was_traced_narrow(zoo: Zoo, dtype: str) -> None:
-    case = zoo.case("odd")
-    source = open_source(case.build(f"narrow-{dtype}", target="portable", dtype=dtype))
+    case = zoo.case("tiny")
+    source = open_source(case.narrow(dtype))
     narrow = source.load_graph()
     assert narrow is not None
     widened = set_compute_dtype(narrow, "float32")
     assert_same_outputs(case, load(case), widened)
-    assert not any(node.op_type == "Cast" and node.attributes["to"].as_int() != ir.DataType.FLOAT for node in widened.graph)
+    assert not any(
+        node.op_type == "Cast" and node.attributes["to"].as_int() != ir.DataType.FLOAT for node in widened.graph
+    )
 
 
 def test_compute_dtype_refuses_to_narrow_a_float32_graph(zoo: Zoo) -> None:
@@ -159,7 +164,7 @@ def test_twelve_nodes_a_layer_run_in_a_step(zoo: Zoo, name: str) -> None:
 
 
 def test_the_whole_lowered_graph_node_by_node(zoo: Zoo) -> None:
-    """Stored as float32, so without casts. Concat packs q, k and v; Range to Sin are the rope tables: folded at load."""
+    """Stored as float32, so without casts. Concat packs q, k and v; Range to Sin make the rope tables."""
     model, layers = lowered(zoo.case("odd")), 3
     assert Counter(node.op_type for node in model.graph) == {
         "Gemm": 5 * layers + 1,
@@ -170,9 +175,17 @@ def test_the_whole_lowered_graph_node_by_node(zoo: Zoo) -> None:
         "SkipSimplifiedLayerNormalization": 2 * layers - 1,
         "SimplifiedLayerNormalization": 2,
         "Concat": 2 * layers + 1,
-        **{"Add": 1, "Gather": 1, "GatherND": 1, "Shape": 1},
-        **{"Cast": 1, "Sub": 1, "ReduceMax": 1},
-        **{"Range": 1, "Unsqueeze": 2, "Cos": 1, "Sin": 1},
+        "Add": 1,
+        "Gather": 1,
+        "GatherND": 1,
+        "Shape": 1,
+        "Cast": 1,
+        "Sub": 1,
+        "ReduceMax": 1,
+        "Range": 1,
+        "Unsqueeze": 2,
+        "Cos": 1,
+        "Sin": 1,
     }
 
 

@@ -1,0 +1,116 @@
+"""Children, bandwidth, shared arithmetic, and the checkpoints that benchmarks make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qwen_rt.benchmarks.bench_export_72b import check_references
+from qwen_rt.benchmarks.checkpoints import QWEN2_05B, QWEN2_72B, split_shards, write_random, write_sparse
+from qwen_rt.benchmarks.cpu_contest import agreement, step_weights
+from qwen_rt.benchmarks.measure import first_byte_seconds, package_python, read_bandwidth, run_child
+from qwen_rt.checkpoint import Checkpoint
+from qwen_rt.errors import QwenRtError
+from qwen_rt.spec import ModelSpec
+
+TINY = QWEN2_05B | {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+}
+
+
+def test_peak_memory_is_the_childs_own() -> None:
+    """The parent holds 300 MB; a child that holds nothing must not be charged for them."""
+    ballast = bytearray(300 << 20)
+    small = run_child(package_python("-c", "print('hi')"))
+    large = run_child(package_python("-c", "x = bytearray(b'1' * (200 << 20))"))
+    assert len(ballast) == 300 << 20
+    assert (small.returncode, small.output) == (0, "hi\n")
+    assert small.peak_rss_bytes < 100e6
+    assert large.peak_rss_bytes > 200e6
+
+
+def test_a_failing_child_tells() -> None:
+    assert run_child(package_python("-c", "raise SystemExit(3)")).returncode == 3
+    with pytest.raises(QwenRtError, match="for more than"):
+        run_child(package_python("-c", "import time; time.sleep(60)"), timeout_s=0.5)
+
+
+def test_first_byte_comes_before_the_end() -> None:
+    program = "import time; print('a', end='', flush=True); time.sleep(1); print('b')"
+    elapsed_s, text = first_byte_seconds(package_python("-c", program))
+    assert elapsed_s < 1
+    assert text == "ab\n"
+    with pytest.raises(QwenRtError, match="ended with"):
+        first_byte_seconds(package_python("-c", "raise SystemExit('no')"))
+
+
+def test_bandwidth_is_the_fastest_reader() -> None:
+    found = read_bandwidth(1 << 20, threads=1, seconds=0.01)
+    assert found["gb_s"] == max(found["all"].values()) > 0
+
+
+def test_agreement_stops_at_the_first_difference() -> None:
+    assert agreement([[1, 2, 3], [1, 2, 3]], [[1, 2, 3], [1, 9, 3]]) == {
+        "num_tokens": 6,
+        "num_same": 4,
+        "share_same": 0.6667,
+    }
+
+
+@pytest.mark.parametrize(("config", "billions"), [(QWEN2_05B, 0.494), (QWEN2_72B, 71.46)])
+def test_step_weights(config: dict, billions: float) -> None:
+    """Tied: the embedding is read as LM head; untied: it is not read."""
+    assert step_weights(ModelSpec.from_config(config)) / 1e9 == pytest.approx(billions, rel=1e-3)
+
+
+def test_72b_has_the_size_and_shards_of_the_real_one() -> None:
+    tensors = list(ModelSpec.from_config(QWEN2_72B).parameters().items())
+    shards = split_shards(tensors, 37)
+    assert len(shards) == 37
+    assert [tensor for shard in shards for tensor in shard] == tensors
+
+
+def test_sparse_and_random_checkpoints_are_checkpoints(tmp_path: Path) -> None:
+    for name, write in (("sparse", write_sparse), ("random", write_random)):
+        folder = tmp_path / name
+        folder.mkdir()
+        paths = write(folder, TINY, 3)
+        checkpoint = Checkpoint.open(folder)
+        assert sorted(path.name for path in checkpoint.shards) == [path.name for path in paths]
+        assert set(checkpoint.tensors) == set(checkpoint.spec.parameters())
+        if name == "sparse":
+            assert sum(path.stat().st_blocks * 512 for path in paths) < 100_000
+    again = tmp_path / "again"
+    again.mkdir()
+    paths = write_random(again, TINY, 3)
+    assert all(path.read_bytes() == (tmp_path / "random" / path.name).read_bytes() for path in paths)
+
+
+def test_the_export_check_finds_a_moved_weight(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    write_sparse(folder, TINY, 2)
+    stored = Checkpoint.open(folder).tensors
+    model = onnx.ModelProto()
+    for name, ref in stored.items():
+        tensor = model.graph.initializer.add(name=name, data_type=onnx.TensorProto.BFLOAT16, dims=ref.shape)
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", ref.path.name), ("offset", ref.offset), ("length", ref.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+    graph = tmp_path / "graph.onnx"
+    graph.write_bytes(model.SerializeToString())
+    assert check_references(graph, stored)["passed"]
+    model.graph.initializer[3].external_data[1].value = "0"
+    graph.write_bytes(model.SerializeToString())
+    assert check_references(graph, stored)["num_wrong"] == 1
+    del model.graph.initializer[3]
+    graph.write_bytes(model.SerializeToString())
+    found = check_references(graph, stored)
+    assert (found["passed"], found["num_missing"]) == (False, 1)
