@@ -257,7 +257,8 @@ class Bundle:
         Args:
             path: The folder.
             check: `size` compares sizes; `full` also hashes every file; `auto` hashes everything if that is less
-                than 1 GiB in all, else everything but the weights, of which it compares the sizes and headers.
+                than 1 GiB in all, else everything but the weights: of those it compares the sizes, and of shards in
+                the checkpoint the headers.
             checkpoint: Folder to take the checkpoint's shards from, if they are no longer where the build saw them.
 
         Raises:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_rt.bundle import MANIFEST_FILE, Bundle
-from qwen_rt.checkpoint import Checkpoint
+from qwen_rt.checkpoint import NANO, Checkpoint
 from qwen_rt.errors import BundleError, one_line
 from qwen_rt.progress import format_count
 from qwen_rt.spec import ModelSpec
@@ -91,7 +91,9 @@ def inspect(path: str | Path) -> Inspection:
     Raises:
         BundleError, CheckpointError: It is none of these, or broken.
     """
-    if (Path(path) / MANIFEST_FILE).is_file() or (Path(path).is_dir() and not (Path(path) / "config.json").is_file()):
+    folder = Path(path)
+    is_bundle = (folder / MANIFEST_FILE).is_file() or (folder.is_dir() and not (folder / "config.json").is_file())
+    if is_bundle and path != NANO:
         return _inspect_bundle(Bundle.open(path, check="size"))
     return _inspect_checkpoint(Checkpoint.open(path))
 

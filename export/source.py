@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from qwen_rt.bundle import MANIFEST_FILE, Bundle
-from qwen_rt.checkpoint import Checkpoint
+from qwen_rt.checkpoint import NANO, Checkpoint
 from qwen_rt.errors import BundleError
 
 __all__ = ["Source", "open_source"]
@@ -53,7 +53,7 @@ def open_source(path: str | Path) -> Source:
         CheckpointError, UnsupportedModelError, StorageError: The checkpoint cannot be read or run.
         BundleError: A bundle of another target, or a portable graph that is damaged or whose shards are gone.
     """
-    if not (Path(path) / MANIFEST_FILE).is_file():
+    if path == NANO or not (Path(path) / MANIFEST_FILE).is_file():
         checkpoint = Checkpoint.open(path)
         return Source(checkpoint, str(checkpoint.path), checkpoint.fingerprint())
     bundle = Bundle.open(path)

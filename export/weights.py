@@ -12,7 +12,7 @@ import numpy as np
 
 from qwen_rt.bundle import FileEntry, file_sha256
 from qwen_rt.checkpoint import Checkpoint
-from qwen_rt.errors import StorageError
+from qwen_rt.errors import UsageError
 from qwen_rt.export.portable import WeightLocation
 from qwen_rt.safetensors_header import write_header
 from qwen_rt.storage import AtomicFile
@@ -117,7 +117,7 @@ def _blocks(checkpoint: Checkpoint, plan: PlannedFile) -> Iterator[bytes]:
             with np.errstate(over="ignore"):
                 converted = block.astype(target)
             if target == np.float16 and np.isfinite(block).all() and not np.isfinite(converted).all():
-                raise StorageError(
+                raise UsageError(
                     f"tensor {name} holds {np.abs(block).max():g}, beyond float16",
                     "values up to 65504",
                     "build with --precision bf16 or fp32",

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 import qwen_rt
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from qwen_rt.checkpoint import Checkpoint, shard_sha256, to_float32
 from qwen_rt.errors import CheckpointError, QwenRtError, StorageError, UnsupportedModelError
 from qwen_rt.safetensors_header import TensorRef, write_header

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from qwen_rt.checkpoint import Checkpoint
 from qwen_rt.errors import QwenRtError
 from qwen_rt.safetensors_header import BYTES_OF_DTYPE, ShardHeader, read_header, write_header

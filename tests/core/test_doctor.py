@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from qwen_rt import doctor, gpu_probe, machine, targets
 from qwen_rt.machine import Gpu, Gpus, Started
 from qwen_rt.targets import TARGETS, Facts, Lack, Target, TargetStatus

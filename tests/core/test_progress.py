@@ -17,6 +17,7 @@ import termios
 from collections.abc import Callable
 
 import pytest
+
 from qwen_rt.progress import Progress, format_count, format_seconds, progress, track
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from qwen_rt.errors import CheckpointError, StorageError
 from qwen_rt.safetensors_header import ShardHeader, TensorRef, read_header, write_header
 

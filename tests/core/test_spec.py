@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from qwen_rt.errors import CheckpointError, QwenRtError, UnsupportedModelError, UsageError
 from qwen_rt.spec import ModelSpec, RopeSpec
 

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from qwen_rt import storage
 from qwen_rt.errors import StorageError
 from qwen_rt.storage import AtomicFile, StagedDirectory, atomic_write_bytes, require_free_space, storage_errors

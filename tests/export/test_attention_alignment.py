@@ -1,4 +1,4 @@
-"""Why `kv_lengths` counts the padding of a ragged batch: ONNX Attention aligns its causal mask to the end of the rows."""
+"""Why `kv_lengths` counts the padding of a ragged batch: ONNX Attention aligns its mask to the end of the rows."""
 
 from __future__ import annotations
 

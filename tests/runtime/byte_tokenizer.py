@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from qwen_rt.runtime.tokenizer import Tokenizer, build_backend
 from tokenizers import AddedToken, models, pre_tokenizers
+
+from qwen_rt.runtime.tokenizer import Tokenizer, build_backend
 
 MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("Ġ", "w"), ("Ã", "©"), ("ð", "Ł"), ("ðŁ", "ĺ"), ("o", "r")]
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

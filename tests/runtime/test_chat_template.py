@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import models
+
 from qwen_rt.errors import TextError, UsageError
 from qwen_rt.runtime import chat_template
 from qwen_rt.runtime.chat_template import QWEN2_CHAT_TEMPLATE, ChatTemplate
 from qwen_rt.runtime.tokenizer import Tokenizer, build_backend
-from tokenizers import models
 
 from .byte_tokenizer import byte_tokenizer, vocabulary
 

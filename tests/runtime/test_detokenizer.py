@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
+
 from qwen_rt.runtime.detokenizer import IncrementalDetokenizer
 from qwen_rt.runtime.tokenizer import Tokenizer
-from tokenizers import AddedToken
 
 from .byte_tokenizer import byte_tokenizer
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import normalizers
+
 from qwen_rt.runtime.chat_template import ChatTemplate
 from qwen_rt.runtime.detokenizer import IncrementalDetokenizer
 from qwen_rt.runtime.tokenizer import Tokenizer
-from tokenizers import normalizers
 
 from .qwen_ranks import NUM_BPE_TOKENS, SPECIAL_TOKENS, ranks_path, read_ranks, write_vocabulary
 

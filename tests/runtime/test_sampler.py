@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from qwen_rt.errors import UsageError
 from qwen_rt.runtime.sampler import F32, LogitsError, Sampler, SampleResult, uniform
 from qwen_rt.runtime.sampling_params import SamplingParams

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from qwen_rt.errors import UsageError
 from qwen_rt.runtime.sampling_params import SamplingParams, resolve_stop_tokens
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from qwen_rt.errors import UsageError
 from qwen_rt.runtime.stopping import StopChecker
 

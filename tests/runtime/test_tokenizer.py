@@ -11,9 +11,10 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, processors
+
 from qwen_rt.errors import TextError, UsageError
 from qwen_rt.runtime.tokenizer import Tokenizer
-from tokenizers import AddedToken, decoders, models, processors
 
 from .byte_tokenizer import SPECIAL_TOKENS, backend, byte_tokenizer, vocabulary, write_config, write_json, write_merges
 
