@@ -54,7 +54,8 @@ def same_tokens(
     import torch
     from transformers import Qwen2ForCausalLM
 
-    model: Any = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.eval()
     order = sorted(range(len(outputs)), key=lambda i: len(outputs[i].prompt_token_ids) + len(outputs[i].token_ids))
     same = [False] * len(outputs)
     starts = range(0, len(order), batch_size)

@@ -64,7 +64,7 @@ def _graph(product: str, stored: str) -> onnx.ModelProto:
         nodes.append(helper.make_node("ReduceMean", [f"y{index}"], [f"m{index}"], keepdims=1))
         nodes.append(helper.make_node("Add", [x, f"m{index}"], [f"x{index + 1}"]))
         x = f"x{index + 1}"
-    shape = ["M", IN]
+    shape: list[str | int | None] = ["M", IN]
     inputs = [helper.make_tensor_value_info("x0", TensorProto.FLOAT, shape)]
     outputs = [helper.make_tensor_value_info(x, TensorProto.FLOAT, shape)]
     graph = helper.make_graph(nodes, "products", inputs, outputs, initializer=weights)

@@ -97,7 +97,7 @@ def test_fp16_refuses_what_it_cannot_hold_and_leaves_nothing(tmp_path: Path) -> 
     data[-2:] = b"\x90\xc7"  # bfloat16 -73728
     shard.write_bytes(data)
     before = names(tmp_path)
-    with pytest.raises(StorageError, match=f"tensor {last} holds 73728, beyond float16"):
+    with pytest.raises(UsageError, match=f"tensor {last} holds 73728, beyond float16"):
         build(portable, tmp_path / "out", options(precision="fp16"))
     assert names(tmp_path) == before
     data[-2:] = b"\x80\x7f"  # infinity stays what it is: the checkpoint's matter
