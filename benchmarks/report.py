@@ -58,6 +58,15 @@ LAYOUTS = {
             "build_peak_rss_gb",
         )
     ),
+    "nano_accuracy": Layout(
+        (
+            "exact_match_ratio",
+            "same_answers_as_transformers_ratio",
+            "same_tokens_as_transformers_ratio",
+            "throughput_tok_s",
+        )
+    ),
+    "ort_weights": Layout(("create_s", "peak_rss_mb", "chain_ms", "weights_read_gb_s", "read_bandwidth_gb_s")),
     "export_72b": Layout(("wall_s", "peak_rss_gb", "graph_mb", "output_mb", "checkpoint_gb")),
 }
 """Benchmark → layout; one without an entry shows all its metrics in the order of its newest row."""
