@@ -16,7 +16,7 @@ __all__ = ["lower_cpu"]
 
 
 def lower_cpu(model: ir.Model, spec: ModelSpec, max_length: int) -> ir.Model:
-    """Lower a portable graph for the CPU: float32 compute (ONNX Runtime has no bf16 product there), 12 nodes a layer (13 in the last).
+    """Lower a portable graph for the CPU: float32 compute (ONNX Runtime has no bf16 product there), 12 nodes a layer.
 
     Args:
         model: A portable graph of any dtype; changed in place.
@@ -26,7 +26,7 @@ def lower_cpu(model: ir.Model, spec: ModelSpec, max_length: int) -> ir.Model:
     Returns:
         The same object, with the inputs and outputs of `qwen_rt.tensors`; past and present must be bound to the same
         memory. With several rows, S > 1 needs every `write_indices` to be 0 (a limit of the CPU GroupQueryAttention);
-        chunked prefill runs row by row.
+        chunked prefill runs row by row. The last layer has 13 nodes: no norm of its shape follows its residual add.
     """
     set_compute_dtype(model, "float32")
     fuse_group_query_attention(model, spec, max_length)
