@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ BOXES = {
     "export": (20, 150, 240, "checkpoint → graph → bundle"),
     "benchmarks": (300, 150, 240, "verify, timing, peers, nano"),
     "runtime": (580, 150, 240, "bundle → tokens → text"),
-    "plugins": (580, 280, 240, "kernels and their references"),
+    "plugins": (580, 290, 240, "kernels and their references"),
     "core": (
         20,
         410,
@@ -31,7 +32,7 @@ BOXES = {
         "spec, checkpoint, bundle, errors, storage: every box imports it, and it imports none of them",
     ),
 }
-HEIGHT = 74
+HEIGHT = 86
 PACKAGES = {
     "core": "qwen_rt",
     "core/cli": "qwen_rt.cli",
@@ -83,10 +84,10 @@ def _edge(source: str, target: str) -> str:
 def draw() -> str:
     """Return the picture as SVG."""
     parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 840 504" font-family="sans-serif">',
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 840 526" font-family="sans-serif">',
         '<defs><marker id="tip" markerWidth="9" markerHeight="8" refX="8" refY="4" orient="auto">'
         '<path d="M0,0 L9,4 L0,8 z" fill="#456"/></marker></defs>',
-        '<rect width="840" height="504" fill="#fff"/>',
+        '<rect width="840" height="526" fill="#fff"/>',
     ]
     boxes = []
     for folder, (x, y, width, what) in BOXES.items():
@@ -97,7 +98,9 @@ def draw() -> str:
         used = [lib for lib in LIBRARIES if any(m == lib or m.startswith(lib + ".") for m in imports)]
         fill = "#eef4ea" if folder == "core" else "#eaf1f8"
         boxes.append(f'<rect x="{x}" y="{y}" width="{width}" height="{HEIGHT}" rx="6" fill="{fill}" stroke="#456"/>')
-        for dy, size, text in ((22, 16, f"{folder}/"), (42, 12, what), (61, 10, ", ".join(used))):
+        libraries = textwrap.wrap(", ".join(used), width=width // 6) or [""]
+        lines = [(60 + 13 * number, 10, line) for number, line in enumerate(libraries)]
+        for dy, size, text in ((22, 16, f"{folder}/"), (42, 12, what), *lines):
             weight = ' font-weight="bold"' if dy == 22 else ' fill="#345"'
             boxes.append(f'<text x="{x + 12}" y="{y + dy}" font-size="{size}"{weight}>{text}</text>')
     return "\n".join([*parts, *boxes, "</svg>", ""])
