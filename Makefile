@@ -33,6 +33,10 @@ demo: $(STAMP) ## export, build and run the nano model that ships with qwen-rt
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+.PHONY: plugins
+plugins: $(STAMP) ## build the CUDA kernels (needs nvcc 12.8 or newer, but no GPU)
+	$(BIN)/python -m qwen_rt.plugins.build
+
 # mypy cannot follow the hook of an editable install, so it gets the package as links: core/ is qwen_rt, the rest lies in it.
 .PHONY: lint
 lint: $(STAMP) ## check style and types

@@ -166,7 +166,7 @@ def device() -> dict[str, Any]:
     cpu = read_cpu()
     found: dict[str, Any] = {"cpu": cpu.model, "num_cores": cpu.num_usable_cores, "flags": list(cpu.flags)}
     found["memory_gb"] = None if cpu.memory_bytes is None else _round(cpu.memory_bytes / 1e9, 3)
-    return found | {"gpu": None}
+    return found
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -217,6 +217,7 @@ def write_row(
     run: str,
     used: Mapping[str, str] | None = None,
     bars: Mapping[str, Any] | None = None,
+    gpu: Mapping[str, Any] | None = None,
     folder: Path | None = None,
 ) -> dict[str, Any]:
     """Append one row to the results of a benchmark.
@@ -230,6 +231,7 @@ def write_row(
         run: From `new_run`.
         used: Package → version; None for those of this process.
         bars: Name → `bar`.
+        gpu: The GPU that was measured, as it calls itself; None for a CPU benchmark.
         folder: Where the file is; None for `RESULTS_FOLDER`.
 
     Returns:
@@ -251,7 +253,7 @@ def write_row(
         "commit": commit,
         "dirty": dirty,
         "command": command_line(),
-        "device": device(),
+        "device": device() | {"gpu": None if gpu is None else dict(gpu)},
         "versions": dict(versions() if used is None else used),
         "settings": dict(settings),
         "check": dict(check),

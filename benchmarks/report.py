@@ -197,7 +197,7 @@ def _footnotes(rows: Sequence[Row], shared: Mapping[str, Any]) -> list[str]:
 
 def _provenance(row: Row) -> str:
     machine = row["device"]
-    gpu = f"{machine['gpu']}, " if machine.get("gpu") else ""
+    gpu = f"{machine['gpu']['name']}, " if machine.get("gpu") else ""
     memory = f", {machine['memory_gb']:.0f} GB" if machine.get("memory_gb") else ""
     changed = " with changes" if row["dirty"] else ""
     commit = row["commit"][:10]

@@ -1,0 +1,311 @@
+"""Times every plugin op and whole decode steps on one GPU, against the read bandwidth measured in the same run.
+
+    python -m qwen_rt.benchmarks.bench_kernels ops step --model 7b --rows 1 16
+
+`ops` times each op alone, graph replays over enough copies of its weights that L2 never holds them; `step` times all
+ops of a decode step, chained in one captured graph with the token fed back on the device. Weights are random, made on
+the device. Every op is checked against its float64 reference before it is timed.
+
+Metrics: µs (median, p10, p90, n over replays), GB/s of the bytes that the op must read, their share of the measured
+read bandwidth; for a step the time per token and its ratio to the floor: bytes of all linear weights and the LM head
+(plus keys and values, where said) over that bandwidth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen_rt.benchmarks import harness
+from qwen_rt.benchmarks import kernel_references as references
+from qwen_rt.benchmarks.kernel_shapes import SHAPES, ModelShape
+from qwen_rt.benchmarks.kernel_step import DecodeStep, OpCaller, capture
+from qwen_rt.errors import QwenRtError, VerificationError
+from qwen_rt.plugins.library import NO_DEPENDENT_LAUNCH, PluginLibrary, load
+
+STEP_OPS = (
+    "embed",
+    "rmsnorm_qkv",
+    "rope_kv_append_attention",
+    "o_proj_residual",
+    "rmsnorm_gate_up_silu",
+    "down_residual",
+    "lm_head",
+    "sample",
+)
+COLD_BYTES = 400_000_000
+"""Weights that an op's replay goes through before it meets the same again: several times any L2."""
+
+
+def measure_bandwidth(library: PluginLibrary, num_bytes: int = 8 << 30) -> float:
+    """Return the fastest of several plain read kernels in bytes a second, median of 12 runs each."""
+    data = torch.empty(num_bytes // 2, dtype=torch.bfloat16, device="cuda").normal_()
+    sink = torch.zeros(4, dtype=torch.uint8, device="cuda")
+    stream = torch.cuda.current_stream().cuda_stream
+    best = 0.0
+    for variant in range(6):
+        samples = _event_times(
+            functools.partial(library.read_probe, data.data_ptr(), num_bytes, sink.data_ptr(), variant, stream), 12
+        )
+        best = max(best, num_bytes / (harness.percentile(samples, 0.5) * 1e-6))
+    return best
+
+
+def _event_times(body: Callable[[], Any], repeats: int, warm_up: int = 2) -> list[float]:
+    """Return microseconds of each of `repeats` runs."""
+    samples = []
+    for turn in range(repeats + warm_up):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        start.record()
+        body()
+        end.record()
+        end.synchronize()
+        if turn >= warm_up:
+            samples.append(start.elapsed_time(end) * 1e3)
+    return samples
+
+
+class OpCases:
+    """One model's ops on their own: inputs, several copies of the weights, references.
+
+    Args:
+        call: How ops are called.
+        shape: The model.
+        rows: Decode rows.
+        length: Tokens of every row, for attention.
+    """
+
+    def __init__(self, call: OpCaller, shape: ModelShape, rows: int, length: int) -> None:
+        self.call, self.shape, self.rows = call, shape, rows
+        self.step = DecodeStep(call, shape, num_layers=1)
+        self.step.prepare(rows, length - 1, max_new=1)
+
+    def prepare(self, op: str) -> tuple[list[Callable[[], None]], int, Callable[[], str]]:
+        """Return calls (one per copy of the weights), bytes that each must read, and a check of the first."""
+        s, step, rows = self.shape, self.step, self.rows
+        epsilon = step.epsilon
+        x = step.hidden
+        w = step.layers[0]
+        num_bytes = 2 * s.layer_parameters.get(op, 0)
+        copies = 1 if num_bytes == 0 else max(2, -(-COLD_BYTES // num_bytes))
+
+        def cold(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+            return [tensors, *(tuple(t.clone() for t in tensors) for _ in range(copies - 1))]
+
+        def tell(out: Tensor, reference: Callable[[], Tensor]) -> Callable[[], str]:
+            return lambda: references.problem_of(op, out, reference())
+
+        def with_each(names: str, sets: list[tuple[Tensor, ...]], rest: dict[str, Tensor], **attributes: float) -> None:
+            for weights in sets:
+                tensors = rest | dict(zip(names.split(), weights, strict=True))
+                calls.append(functools.partial(self.call, op, tensors, **attributes))
+
+        calls: list[Callable[[], None]] = []
+        if op == "rmsnorm_qkv":
+            rest = {f"{n}_bias": w[f"{n}_bias"] for n in "qkv"} | {
+                "hidden": x,
+                "norm_weight": w["norm1"],
+                "qkv": step.qkv,
+            }
+            with_each("q_weight k_weight v_weight", cold(w["q"], w["k"], w["v"]), rest, epsilon=epsilon)
+            weights, biases = (w["q"], w["k"], w["v"]), (w["q_bias"], w["k_bias"], w["v_bias"])
+            check = tell(step.qkv, lambda: references.rmsnorm_qkv(x, w["norm1"], weights, biases, epsilon))
+        elif op in ("o_proj_residual", "down_residual"):
+            name, weight = ("attention", w["o"]) if op == "o_proj_residual" else ("activation", w["down"])
+            source = step.attended if op == "o_proj_residual" else step.activation
+            out = torch.empty_like(x)
+            with_each("weight", cold(weight), {name: source, "residual": x, "out": out})
+            check = tell(out, lambda: references.o_proj_residual(source, weight, x))
+        elif op == "rmsnorm_gate_up_silu":
+            rest = {"hidden": x, "norm_weight": w["norm2"], "activation": step.activation}
+            with_each("gate_weight up_weight", cold(w["gate"], w["up"]), rest, epsilon=epsilon)
+            check = tell(
+                step.activation, lambda: references.rmsnorm_gate_up_silu(x, w["norm2"], w["gate"], w["up"], epsilon)
+            )
+        elif op == "lm_head":
+            num_bytes = 2 * s.hidden * s.vocab
+            rest = {"hidden": x, "norm_weight": step.norm, "logits": step.logits}
+            with_each("weight", [(step.head,)], rest, epsilon=epsilon)
+            check = tell(step.logits, lambda: references.lm_head(x, step.norm, step.head, epsilon))
+        elif op == "rope_kv_append_attention":
+            num_bytes = 4 * rows * s.kv_heads * s.head_dim * (step.prompt + 1)
+            copies = max(1, min(64, COLD_BYTES // num_bytes))
+            keys, values = step.caches[0]
+            rest = {"qkv": step.qkv, "positions": step.positions, "inv_freq": step.inv_freq}
+            rest |= {"block_tables": step.tables, "out": step.attended}
+            scale = s.head_dim**-0.5
+            with_each("k_cache v_cache", cold(keys, values), rest, scale=scale, max_length=step.max_length)
+            inputs = (step.qkv, step.positions, step.inv_freq, step.tables, keys, values)
+            check = tell(step.attended, lambda: references.attention(*inputs, scale)[0])
+        elif op == "sample":
+            num_bytes = 4 * rows * s.vocab
+            step.logits.normal_()
+            ids = torch.empty(rows, dtype=torch.int64, device="cuda")
+            with_each("logits", [(step.logits,)], {"next_ids": ids})
+
+            def check() -> str:
+                return "" if torch.equal(ids, references.sample(step.logits)) else "sample: wrong tokens"
+        else:
+            num_bytes = 2 * rows * s.hidden
+            out = torch.empty_like(x)
+            with_each("table", [(step.table,)], {"ids": step.ids, "out": out})
+
+            def check() -> str:
+                return "" if torch.equal(out, step.table[step.ids]) else "embed: wrong rows"
+
+        return calls, num_bytes, check
+
+
+def _run_all(calls: Sequence[Callable[[], None]]) -> None:
+    for call in calls:
+        call()
+
+
+def bench_op(cases: OpCases, op: str, repeats: int = 15) -> tuple[dict[str, Any], int]:
+    """Check an op, then time it overlapping itself and alone; return metrics and its bytes.
+
+    Raises:
+        VerificationError: The check failed.
+    """
+    calls, num_bytes, check = cases.prepare(op)
+    calls[0]()
+    torch.cuda.synchronize()
+    if problem := check():
+        raise VerificationError(problem)
+    metrics: dict[str, Any] = {}
+    num_calls = max(16, len(calls))
+    order = list(itertools.islice(itertools.cycle(calls), num_calls))
+    for name, flags in (("time_us", 0), ("alone_us", NO_DEPENDENT_LAUNCH)):
+        cases.call.flags = flags
+        graph = capture(functools.partial(_run_all, order))
+        cases.call.flags = 0
+        samples = [us / num_calls for us in _event_times(graph.replay, repeats)]
+        metrics[name] = harness.summarize(samples)
+    metrics["read_gb_s"] = round(num_bytes / metrics["time_us"]["median"] / 1e3, 1)
+    return metrics, num_bytes
+
+
+def bench_step(step: DecodeStep, rows: int, prompt: int, bandwidth: float) -> dict[str, Any]:
+    """Time a whole decode step; return its metrics."""
+    step.prepare(rows, prompt)
+    samples = step.time()
+    floor_us = step.shape.floor_bytes / bandwidth * 1e6
+    kv_us = step.shape.kv_bytes(rows * (prompt + 1)) / bandwidth * 1e6
+    itl = harness.percentile(samples, 0.5)
+    return {
+        "itl_us": harness.summarize(samples, 5),
+        "floor_us": round(floor_us, 1),
+        "floor_with_kv_us": round(floor_us + kv_us, 1),
+        "itl_to_floor_ratio": round(itl / floor_us, 4),
+        "itl_to_floor_with_kv_ratio": round(itl / (floor_us + kv_us), 4),
+    }
+
+
+def gpu_device(bandwidth: float) -> dict[str, Any]:
+    """Describe the GPU of this run."""
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "num_sms": properties.multi_processor_count,
+        "memory_gb": round(properties.total_memory / 1e9, 1),
+        "l2_mb": round(properties.L2_cache_size / 1e6, 1),
+        "read_gb_s": round(bandwidth / 1e9, 1),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark from the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m qwen_rt.benchmarks.bench_kernels", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("what", nargs="+", choices=["ops", "step", "waterfall"])
+    parser.add_argument("--model", nargs="+", default=["1.5b", "7b"], choices=list(SHAPES))
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 16])
+    parser.add_argument("--prompt", nargs="+", type=int, default=[127])
+    parser.add_argument("--op", nargs="+", default=list(STEP_OPS), choices=list(STEP_OPS))
+    parser.add_argument("--dry", action="store_true", help="print, but write no rows")
+    arguments = parser.parse_args(argv)
+    try:
+        run(arguments)
+    except QwenRtError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure what the arguments ask for; print a line and write a row each."""
+    torch.manual_seed(1)
+    call = OpCaller(load())
+    bandwidth = measure_bandwidth(call.library)
+    device = gpu_device(bandwidth)
+    print(f"{device['name']}: reads {bandwidth / 1e12:.3f} TB/s", flush=True)
+    name_of_run = harness.new_run()
+    used = {"cuda": str(torch.version.cuda), "nvcc": call.library.build_info["nvcc"]}
+
+    def write(contender: str, metrics: dict[str, Any], settings: dict[str, Any], check: str) -> None:
+        if not arguments.dry:
+            harness.write_row(
+                "kernels",
+                contender,
+                metrics,
+                {**settings, "sources": call.library.build_info["sources"]},
+                check={"passed": True, "what": check},
+                run=name_of_run,
+                used=used,
+                gpu=device,
+            )
+
+    for model in arguments.model:
+        shape = SHAPES[model]
+        if "ops" in arguments.what:
+            for rows, prompt in itertools.product(arguments.rows, arguments.prompt):
+                cases = OpCases(call, shape, rows, prompt + 1)
+                for op in arguments.op:
+                    metrics, num_bytes = bench_op(cases, op)
+                    share = metrics["read_gb_s"] * 1e9 / bandwidth
+                    metrics["share_of_bandwidth_ratio"] = round(share, 4)
+                    print(
+                        f"{model:5} rows {rows:2} {op:25} {metrics['time_us']['median']:8.2f} us, alone "
+                        f"{metrics['alone_us']['median']:8.2f} us, {num_bytes / 1e6:8.2f} MB, "
+                        f"{metrics['read_gb_s']:7.1f} GB/s {100 * share:5.1f} %",
+                        flush=True,
+                    )
+                    settings = {"model": model, "rows": rows, "prompt": prompt, "bytes": num_bytes}
+                    write(op, metrics, settings, "float64 reference, this op and shape")
+                del cases
+                torch.cuda.empty_cache()
+        if "step" in arguments.what or "waterfall" in arguments.what:
+            step = DecodeStep(call, shape)
+            for rows, prompt in itertools.product(arguments.rows, arguments.prompt):
+                metrics = bench_step(step, rows, prompt, bandwidth)
+                print(
+                    f"{model:5} rows {rows:2} prompt {prompt:6} step {metrics['itl_us']['median']:9.1f} us, "
+                    f"floor {metrics['floor_us']:8.1f} us, ratio {metrics['itl_to_floor_ratio']:.3f}, "
+                    f"with kv {metrics['itl_to_floor_with_kv_ratio']:.3f}",
+                    flush=True,
+                )
+                write(
+                    "step",
+                    metrics,
+                    {"model": model, "rows": rows, "prompt": prompt},
+                    "every op by the tests marked gpu",
+                )
+                if "waterfall" in arguments.what:
+                    whole = metrics["itl_us"]["median"]
+                    for op in STEP_OPS:
+                        left = harness.percentile(step.time(without=(op,)), 0.5)
+                        print(f"      without {op:25} {left:9.1f} us: {whole - left:8.1f} us in the step", flush=True)
+            del step
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""One decode step of a Qwen2-shaped model with random weights on the device: buffers, op calls, captured graphs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen_rt.benchmarks.kernel_shapes import ModelShape
+from qwen_rt.ops import find_op
+from qwen_rt.plugins.library import PluginLibrary
+
+__all__ = ["DecodeStep", "OpCaller", "capture", "random_bf16"]
+
+
+def random_bf16(*shape: int, std: float = 1.0) -> Tensor:
+    """Draw bf16 normal numbers on the device."""
+    return torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(0.0, std)
+
+
+class OpCaller:
+    """Calls ops on torch tensors; workspaces are kept, one per op and dims.
+
+    Args:
+        library: The loaded plugins.
+        flags: Given to every launch.
+    """
+
+    def __init__(self, library: PluginLibrary, flags: int = 0) -> None:
+        self.library = library
+        self.flags = flags
+        self._workspaces: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    def __call__(self, op: str, tensors: Mapping[str, Tensor | None], **attributes: float) -> None:
+        """Enqueue an op on the current stream; outputs that alias an input need not be named."""
+        row = find_op(op)
+        given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        dims = row.dims_of({name: tuple(tensor.shape) for name, tensor in given.items()})
+        workspace = None
+        if row.has_workspace:
+            key = op, dims
+            if key not in self._workspaces:
+                size = self.library.workspace_bytes(op, dims)
+                self._workspaces[key] = torch.zeros(size, dtype=torch.uint8, device="cuda")
+            workspace = self._workspaces[key]
+        self.library.launch(
+            op,
+            [given[tensor.name].data_ptr() if tensor.name in given else None for tensor in row.tensors],
+            dims,
+            [attributes.get(name, default if default is not None else math.nan) for name, default in row.attributes],
+            stream=torch.cuda.current_stream().cuda_stream,
+            workspace=None if workspace is None else workspace.data_ptr(),
+            workspace_bytes=0 if workspace is None else workspace.numel(),
+            flags=self.flags,
+        )
+
+
+def capture(body: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    """Run `body` once to warm up, then capture it."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        body()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        body()
+    return graph
+
+
+class DecodeStep:
+    """A model's weights and buffers for `rows` rows that have `prompt` tokens each.
+
+    Args:
+        caller: How ops are called.
+        shape: The model.
+        num_layers: Fewer than the model has, for a check; None for all.
+    """
+
+    block_size = 64
+    epsilon = 1e-6
+
+    def __init__(self, caller: OpCaller, shape: ModelShape, num_layers: int | None = None) -> None:
+        self.call, self.shape = caller, shape
+        self.num_layers = shape.layers if num_layers is None else num_layers
+        s, q_width, kv_width = shape, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        std = 0.02
+        self.layers = [
+            {
+                "norm1": 1 + random_bf16(s.hidden, std=0.1),
+                "q": random_bf16(q_width, s.hidden, std=std),
+                "k": random_bf16(kv_width, s.hidden, std=std),
+                "v": random_bf16(kv_width, s.hidden, std=std),
+                "q_bias": random_bf16(q_width),
+                "k_bias": random_bf16(kv_width),
+                "v_bias": random_bf16(kv_width),
+                "o": random_bf16(s.hidden, q_width, std=std),
+                "norm2": 1 + random_bf16(s.hidden, std=0.1),
+                "gate": random_bf16(s.ffn, s.hidden, std=std),
+                "up": random_bf16(s.ffn, s.hidden, std=std),
+                "down": random_bf16(s.hidden, s.ffn, std=std),
+            }
+            for _ in range(self.num_layers)
+        ]
+        self.norm = 1 + random_bf16(s.hidden, std=0.1)
+        self.table = random_bf16(s.vocab, s.hidden, std=std)
+        self.head = self.table if s.tied else random_bf16(s.vocab, s.hidden, std=std)
+        half = torch.arange(0, s.head_dim, 2, dtype=torch.float64, device="cuda") / s.head_dim
+        self.inv_freq = (1e6**-half).float()
+
+    def prepare(self, rows: int, prompt: int, max_new: int = 256) -> None:
+        """Allocate activations and a filled KV cache; all layers share one, so that long prompts fit."""
+        s = self.shape
+        self.rows, self.prompt, self.max_length = rows, prompt, prompt + max_new
+        blocks_per_row = -(-self.max_length // self.block_size)
+        # One cache for every layer while that fits easily; else layers take turns on fewer, still far beyond L2.
+        bytes_per_layer = rows * blocks_per_row * self.block_size * s.kv_heads * s.head_dim * 4
+        num_caches = max(1, min(self.num_layers, (12 << 30) // bytes_per_layer))
+        cache = (rows * blocks_per_row, s.kv_heads, self.block_size, s.head_dim)
+        self.caches = [(random_bf16(*cache), random_bf16(*cache)) for _ in range(num_caches)]
+        tables = torch.randperm(rows * blocks_per_row, device="cuda").int()
+        self.tables = tables.view(rows, blocks_per_row).contiguous()
+        self.ids = torch.randint(s.vocab, (rows,), device="cuda")
+        self.positions = torch.full((rows,), prompt, dtype=torch.int64, device="cuda")
+        self.hidden = random_bf16(rows, s.hidden)
+        self.qkv = random_bf16(rows, (s.heads + 2 * s.kv_heads) * s.head_dim)
+        self.attended = random_bf16(rows, s.heads * s.head_dim)
+        self.activation = random_bf16(rows, s.ffn)
+        self.logits = torch.zeros(rows, s.vocab, dtype=torch.float32, device="cuda")
+
+    def reset(self) -> None:
+        """Go back to the end of the prompt."""
+        self.positions.fill_(self.prompt)
+
+    def run(self, without: Collection[str] = ()) -> None:
+        """Enqueue the step; ops in `without` are left out (their outputs keep what they hold)."""
+
+        def call(op: str, tensors: Mapping[str, Tensor | None], **attributes: float) -> None:
+            if op not in without:
+                self.call(op, tensors, **attributes)
+
+        hidden = self.hidden
+        call("embed", {"ids": self.ids, "table": self.table, "out": hidden})
+        for index, w in enumerate(self.layers):
+            k_cache, v_cache = self.caches[index % len(self.caches)]
+            call("rmsnorm_qkv", self.qkv_tensors(w), epsilon=self.epsilon)
+            call(
+                "rope_kv_append_attention",
+                {
+                    "qkv": self.qkv,
+                    "positions": self.positions,
+                    "inv_freq": self.inv_freq,
+                    "block_tables": self.tables,
+                    "k_cache": k_cache,
+                    "v_cache": v_cache,
+                    "out": self.attended,
+                },
+                scale=self.shape.head_dim**-0.5,
+                max_length=self.max_length,
+            )
+            call("o_proj_residual", {"attention": self.attended, "weight": w["o"], "residual": hidden, "out": hidden})
+            mlp = {"hidden": hidden, "norm_weight": w["norm2"], "gate_weight": w["gate"], "up_weight": w["up"]}
+            call("rmsnorm_gate_up_silu", {**mlp, "activation": self.activation}, epsilon=self.epsilon)
+            call(
+                "down_residual", {"activation": self.activation, "weight": w["down"], "residual": hidden, "out": hidden}
+            )
+        head = {"hidden": hidden, "norm_weight": self.norm, "weight": self.head, "logits": self.logits}
+        call("lm_head", head, epsilon=self.epsilon)
+        call("sample", {"logits": self.logits, "positions": self.positions, "next_ids": self.ids})
+
+    def qkv_tensors(self, w: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        """The tensors of `rmsnorm_qkv` for one layer."""
+        named = {f"{name}_weight": w[name] for name in "qkv"} | {f"{name}_bias": w[f"{name}_bias"] for name in "qkv"}
+        return {"hidden": self.hidden, "norm_weight": w["norm1"], **named, "qkv": self.qkv}
+
+    def time(self, num_steps: int = 24, repeats: int = 5, without: Sequence[str] = ()) -> list[float]:
+        """Return microseconds per step of graph replays back to back, one figure per repeat.
+
+        Every step reads far more weights than L2 holds, so nothing needs to be flushed.
+        """
+        graph = capture(lambda: self.run(without))
+        samples = []
+        for _ in range(repeats + 1):
+            self.reset()
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            start.record()
+            for _ in range(num_steps):
+                graph.replay()
+            end.record()
+            end.synchronize()
+            samples.append(start.elapsed_time(end) * 1e3 / num_steps)
+        del graph
+        return samples[1:]  # the first warms up

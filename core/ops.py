@@ -1,0 +1,257 @@
+"""The table of plugin ops: what each takes and gives. Exporter, bindings, library and tests all read it.
+
+Shapes use symbolic dimensions; a string such as `"q_width + 2 * kv_width"` is a sum of them, each with a factor. The
+values of `PluginOp.dims`, in that order, are what a launcher gets, next to one pointer for every input and then every
+output and the numbers of the attributes (`plugins/csrc/capi.h`). So a binding that knows its tensors' shapes needs
+no code op by op.
+
+| op                         | computes                                                                              |
+|----------------------------|---------------------------------------------------------------------------------------|
+| `embed`                    | `out = table[ids]`                                                                    |
+| `rmsnorm_qkv`              | `qkv = concat(q, k, v)(norm(hidden)) + bias`                                          |
+| `rope_kv_append_attention` | rope on q and k, k and v into the paged cache, attention of the new token over it     |
+| `o_proj_residual`          | `out = residual + o(attention)`                                                       |
+| `rmsnorm_gate_up_silu`     | `activation = silu(gate(norm(hidden))) · up(norm(hidden))`                            |
+| `down_residual`            | `out = residual + down(activation)`                                                   |
+| `lm_head`                  | `logits = head(norm(hidden))`                                                         |
+| `sample`                   | `next_ids = argmax(logits)`, and every position moves on by one                       |
+
+All rows of a call are decode rows: one new token each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from qwen_rt.errors import UsageError
+
+__all__ = ["DOMAIN", "MAX_ROWS", "OPS", "OpTensor", "PluginOp", "find_op", "shape_of"]
+
+DOMAIN = "qwen_rt"
+"""The operator-set domain of the ops in a graph."""
+
+MAX_ROWS = 64
+"""Most rows of one decode call."""
+
+
+@dataclass(frozen=True)
+class OpTensor:
+    """An input or output of an op.
+
+    Attributes:
+        name: As in the kernel's header comment.
+        dtype: `bf16`, `f32`, `i32` or `i64`.
+        shape: One symbolic size per axis.
+        optional: Whether it may be absent.
+        alias: For an output: the input whose memory it shares, in place; for `may_alias`, if the caller wants it.
+        may_alias: Whether `alias` is allowed rather than required.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[str, ...]
+    optional: bool = False
+    alias: str | None = None
+    may_alias: bool = False
+
+
+@dataclass(frozen=True)
+class PluginOp:
+    """One row of the table.
+
+    Attributes:
+        name: The stem of everything that belongs to the op.
+        version: Raised whenever tensors, dims, attributes or meaning change.
+        dims: Symbolic dimensions in the order that the launcher takes them.
+        inputs: In order.
+        outputs: In order, after the inputs.
+        attributes: Names in order, with their defaults (None: must be given).
+        has_workspace: Whether the launcher wants zeroed device memory that stays its own.
+    """
+
+    name: str
+    version: int
+    dims: tuple[str, ...]
+    inputs: tuple[OpTensor, ...]
+    outputs: tuple[OpTensor, ...]
+    attributes: tuple[tuple[str, float | None], ...] = ()
+    has_workspace: bool = False
+
+    @property
+    def tensors(self) -> tuple[OpTensor, ...]:
+        """Inputs, then outputs: the order of pointers."""
+        return self.inputs + self.outputs
+
+    def dims_of(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
+        """Work the dims out from the shapes of the inputs (and of outputs, where they are known).
+
+        Args:
+            shapes: Tensor name → shape; absent optional tensors left out.
+
+        Returns:
+            The values of `dims`, in order.
+
+        Raises:
+            UsageError: An input missing, or shapes that contradict each other.
+        """
+        found: dict[str, int] = {}
+        sizes: list[tuple[str, int, str]] = []
+        for tensor in self.tensors:
+            if tensor.name not in shapes:
+                if tensor in self.inputs and not tensor.optional:
+                    raise UsageError(f"{self.name} lacks {tensor.name}", "all its inputs", "pass it")
+                continue
+            shape = shapes[tensor.name]
+            if len(shape) != len(tensor.shape):
+                raise UsageError(f"{self.name}: {tensor.name} has {len(shape)} axes", f"[{', '.join(tensor.shape)}]")
+            sizes += [(tensor.name, int(value), size) for value, size in zip(shape, tensor.shape, strict=True)]
+        for _, value, size in sorted(sizes, key=lambda item: not item[2].isidentifier()):
+            unknown = [term for term in size.split(" + ") if term.isidentifier() and term not in found]
+            if len(unknown) == 1:
+                found[unknown[0]] = value - shape_of((size,), found | {unknown[0]: 0})[0]
+        for name, value, size in sizes:
+            if shape_of((size,), found)[0] != value:
+                raise UsageError(f"{self.name}: {name} has {size} = {value}", f"{shape_of((size,), found)[0]}")
+        return tuple(found[dim] for dim in self.dims)
+
+
+def shape_of(sizes: Sequence[str], dims: Mapping[str, int]) -> tuple[int, ...]:
+    """Evaluate symbolic sizes: sums of products of dims and integers (`"heads * head_dim + 2 * width"`)."""
+
+    def factor(text: str) -> int:
+        text = text.strip()
+        return int(text) if text.isdecimal() else dims[text]
+
+    shape = []
+    for size in sizes:
+        total = 0
+        for term in size.split("+"):
+            product = 1
+            for text in term.split("*"):
+                product *= factor(text)
+            total += product
+        shape.append(total)
+    return tuple(shape)
+
+
+def _matrix(name: str, *shape: str) -> OpTensor:
+    return OpTensor(name, "bf16", shape)
+
+
+_EPSILON = (("epsilon", None),)
+_CACHE = ("num_blocks", "kv_heads", "block_size", "head_dim")
+
+OPS: tuple[PluginOp, ...] = (
+    PluginOp(
+        "embed",
+        1,
+        ("rows", "vocab", "hidden"),
+        (OpTensor("ids", "i64", ("rows",)), _matrix("table", "vocab", "hidden")),
+        (_matrix("out", "rows", "hidden"),),
+    ),
+    PluginOp(
+        "rmsnorm_qkv",
+        1,
+        ("rows", "hidden", "q_width", "kv_width"),
+        (
+            _matrix("hidden", "rows", "hidden"),
+            _matrix("norm_weight", "hidden"),
+            _matrix("q_weight", "q_width", "hidden"),
+            _matrix("k_weight", "kv_width", "hidden"),
+            _matrix("v_weight", "kv_width", "hidden"),
+            OpTensor("q_bias", "bf16", ("q_width",), optional=True),
+            OpTensor("k_bias", "bf16", ("kv_width",), optional=True),
+            OpTensor("v_bias", "bf16", ("kv_width",), optional=True),
+        ),
+        (_matrix("qkv", "rows", "q_width + 2 * kv_width"),),
+        _EPSILON,
+    ),
+    PluginOp(
+        "rope_kv_append_attention",
+        1,
+        ("rows", "q_width", "kv_heads", "head_dim", "num_blocks", "block_size", "max_blocks"),
+        (
+            _matrix("qkv", "rows", "q_width + 2 * kv_heads * head_dim"),
+            OpTensor("positions", "i64", ("rows",)),
+            OpTensor("inv_freq", "f32", ("half_dim",)),
+            OpTensor("block_tables", "i32", ("rows", "max_blocks")),
+            _matrix("k_cache", *_CACHE),
+            _matrix("v_cache", *_CACHE),
+        ),
+        (
+            _matrix("out", "rows", "q_width"),
+            OpTensor("present_k", "bf16", _CACHE, alias="k_cache"),
+            OpTensor("present_v", "bf16", _CACHE, alias="v_cache"),
+        ),
+        (("scale", None), ("rope_scaling", 1.0), ("max_length", 0.0)),
+        has_workspace=True,
+    ),
+    PluginOp(
+        "o_proj_residual",
+        1,
+        ("rows", "width", "hidden"),
+        (
+            _matrix("attention", "rows", "width"),
+            _matrix("weight", "hidden", "width"),
+            _matrix("residual", "rows", "hidden"),
+        ),
+        (OpTensor("out", "bf16", ("rows", "hidden"), alias="residual", may_alias=True),),
+    ),
+    PluginOp(
+        "rmsnorm_gate_up_silu",
+        1,
+        ("rows", "hidden", "ffn"),
+        (
+            _matrix("hidden", "rows", "hidden"),
+            _matrix("norm_weight", "hidden"),
+            _matrix("gate_weight", "ffn", "hidden"),
+            _matrix("up_weight", "ffn", "hidden"),
+        ),
+        (_matrix("activation", "rows", "ffn"),),
+        _EPSILON,
+    ),
+    PluginOp(
+        "down_residual",
+        1,
+        ("rows", "ffn", "hidden"),
+        (
+            _matrix("activation", "rows", "ffn"),
+            _matrix("weight", "hidden", "ffn"),
+            _matrix("residual", "rows", "hidden"),
+        ),
+        (OpTensor("out", "bf16", ("rows", "hidden"), alias="residual", may_alias=True),),
+    ),
+    PluginOp(
+        "lm_head",
+        1,
+        ("rows", "hidden", "vocab"),
+        (_matrix("hidden", "rows", "hidden"), _matrix("norm_weight", "hidden"), _matrix("weight", "vocab", "hidden")),
+        (OpTensor("logits", "f32", ("rows", "vocab")),),
+        _EPSILON,
+    ),
+    PluginOp(
+        "sample",
+        1,
+        ("rows", "vocab"),
+        (OpTensor("logits", "f32", ("rows", "vocab")), OpTensor("positions", "i64", ("rows",), optional=True)),
+        (
+            OpTensor("next_ids", "i64", ("rows",)),
+            OpTensor("next_positions", "i64", ("rows",), optional=True, alias="positions"),
+        ),
+        has_workspace=True,
+    ),
+)
+"""All ops, in the order of a decode step."""
+
+
+def find_op(name: str) -> PluginOp:
+    """Return the row of an op.
+
+    Raises:
+        UsageError: There is no such op.
+    """
+    for op in OPS:
+        if op.name == name:
+            return op
+    raise UsageError(f"op {name!r}", f"one of {', '.join(op.name for op in OPS)}", "name one of them")
