@@ -14,7 +14,8 @@ __all__ = ["add_build_arguments", "report"]
 
 def add_build_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare source, output and the options that both commands take."""
-    parser.add_argument("source", metavar="CHECKPOINT", help="checkpoint folder (Hugging Face layout), portable graph, or `nano`")
+    source = "checkpoint folder (Hugging Face layout), portable graph, or `nano`"
+    parser.add_argument("source", metavar="CHECKPOINT", help=source)
     parser.add_argument("-o", "--output", metavar="FOLDER", required=True, type=Path, help="folder to make")
     parser.add_argument(
         "--max-length", metavar="N", type=int, help="tokens of prompt and output together (default: the model's)"
