@@ -23,6 +23,7 @@ from typing import Literal
 
 from qwen_rt.errors import BundleError, CheckpointError, StorageError
 from qwen_rt.manifest_fields import REBUILD, Fields, inner_path, plain_name
+from qwen_rt.safetensors_header import read_header
 from qwen_rt.spec import ModelSpec
 from qwen_rt.strict_json import parse_object, show
 
@@ -40,7 +41,6 @@ __all__ = [
     "Manifest",
     "ShardEntry",
     "file_sha256",
-    "header_sha256",
 ]
 
 FORMAT = "qwen-rt-bundle"
@@ -336,7 +336,7 @@ def _check_file(file: Path, entry: FileEntry | ShardEntry, what: str, hashed: bo
     nbytes = file.stat().st_size
     if nbytes != entry.nbytes:
         raise BundleError(f"{what} has {nbytes} bytes", f"{entry.nbytes} bytes", REBUILD)
-    if isinstance(entry, ShardEntry) and header_sha256(file) != entry.header_sha256:
+    if isinstance(entry, ShardEntry) and not _has_header(file, entry.header_sha256):
         raise BundleError(f"{what} has another header than at build time", entry.header_sha256[:12], REBUILD)
     if hashed and entry.sha256 is not None:
         found = file_sha256(file)
@@ -346,9 +346,8 @@ def _check_file(file: Path, entry: FileEntry | ShardEntry, what: str, hashed: bo
             )
 
 
-def header_sha256(file: Path) -> str:
-    """Return the hex SHA-256 of a safetensors file's length field and header."""
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = min(int.from_bytes(prefix, "little"), 100_000_000)
-        return hashlib.sha256(prefix + stream.read(length)).hexdigest()
+def _has_header(file: Path, sha256: str) -> bool:
+    try:
+        return read_header(file).sha256 == sha256
+    except CheckpointError:  # no safetensors file any more
+        return False

@@ -16,7 +16,7 @@ import hashlib
 import importlib.resources
 import mmap
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from qwen_rt.safetensors_header import ShardHeader, TensorRef, read_errors, read
 from qwen_rt.spec import ModelDtype, ModelSpec
 from qwen_rt.strict_json import name_some, parse_object, show
 
-__all__ = ["NANO", "Checkpoint", "shard_sha256", "to_float32"]
+__all__ = ["NANO", "Checkpoint", "to_float32"]
 
 NANO = "nano"
 """The name that opens the checkpoint shipped with this package; `./nano` is a folder of that name."""
@@ -165,7 +165,7 @@ class Checkpoint:
         """Identify the checkpoint by what its configs and headers say: hex sha256, no data read.
 
         Covers config.json, the index, and of every shard its name, size and header. Data that changed under the same
-        header is not noticed; `shard_sha256` does.
+        header is not noticed; `bundle.file_sha256` does.
         """
         digest = hashlib.sha256()
         for part in self.config_digests:
@@ -197,33 +197,6 @@ def to_float32(ref: TensorRef, array: NDArray[Any]) -> NDArray[np.float32]:
         wide <<= np.uint32(16)
         return wide.view(np.float32)
     return array.astype(np.float32, copy=False)
-
-
-def shard_sha256(path: str | Path, progress: Callable[[int], None] | None = None) -> str:
-    """Hash a file in blocks of 8 MiB.
-
-    Args:
-        path: The file.
-        progress: Called with the bytes of each block, once it is hashed.
-
-    Returns:
-        Hex digest.
-
-    Raises:
-        StorageError: The file cannot be read.
-    """
-    path, digest = Path(path), hashlib.sha256()
-    with read_errors(path):
-        file = open(path, "rb", buffering=0)  # noqa: SIM115
-    with file:  # outside read_errors: what `progress` raises is no trouble of the file
-        while True:
-            with read_errors(path):
-                block = file.read(_HASH_BLOCK_BYTES)
-            if not block:
-                return digest.hexdigest()
-            digest.update(block)
-            if progress is not None:
-                progress(len(block))
 
 
 def _nano_folder() -> Path:

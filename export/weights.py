@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from qwen_rt.bundle import FileEntry, file_sha256
-from qwen_rt.checkpoint import Checkpoint
+from qwen_rt.checkpoint import Checkpoint, to_float32
 from qwen_rt.errors import UsageError
 from qwen_rt.export.portable import WeightLocation
 from qwen_rt.safetensors_header import write_header
@@ -109,11 +109,10 @@ def _blocks(checkpoint: Checkpoint, plan: PlannedFile) -> Iterator[bytes]:
     """The file's bytes: header, then the tensors, converted by way of float32 and rounded to nearest even."""
     yield plan.header
     for name, place in plan.locations.items():
-        source = NUMPY_DTYPES[checkpoint.tensors[name].dtype]
-        target = NUMPY_DTYPES[place.dtype]
-        flat = checkpoint.read(name).reshape(-1).view(source)
+        ref, target = checkpoint.tensors[name], NUMPY_DTYPES[place.dtype]
+        flat = checkpoint.read(name).reshape(-1)
         for start in range(0, flat.size, _BLOCK_ELEMENTS):
-            block = flat[start : start + _BLOCK_ELEMENTS].astype(np.float32)
+            block = to_float32(ref, flat[start : start + _BLOCK_ELEMENTS])
             with np.errstate(over="ignore"):
                 converted = block.astype(target)
             if target == np.float16 and np.isfinite(block).all() and not np.isfinite(converted).all():

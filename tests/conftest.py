@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     """Random checkpoints of many shapes, with their bundles and reference logits."""
-    pytest.importorskip("transformers")
     from .cases import Zoo
 
     return Zoo(tmp_path_factory.mktemp("zoo"))
@@ -25,7 +24,6 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
 @pytest.fixture(scope="session")
 def nano_portable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The portable graph of the checkpoint that ships with the package; bundles built from it need no new trace."""
-    pytest.importorskip("torch")
     from qwen_rt.export.build import BuildOptions, build
 
     folder = tmp_path_factory.mktemp("nano") / "portable"

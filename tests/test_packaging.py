@@ -52,7 +52,6 @@ def _run(*command: str | Path, cwd: Path) -> str:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the sdist from a clean copy, and the wheel from that sdist: what the sdist forgets, the wheel lacks."""
-    pytest.importorskip("build")
     # An egg-info left by an earlier build would add its own list of files.
     clean = tmp_path_factory.mktemp("source") / "qwen-rt"
     shutil.copytree(

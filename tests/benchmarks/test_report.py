@@ -107,7 +107,6 @@ def test_markers_that_cannot_be_filled_are_refused() -> None:
 
 
 def test_picture(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     write_results(tmp_path, ROWS)
     for name in ("bars.svg", "bars.png"):
         file = tmp_path / name

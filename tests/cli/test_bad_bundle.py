@@ -177,7 +177,6 @@ def test_a_chat_template_that_raises(
 
 
 def test_verify_against_another_checkpoint(bundle: Path, nano_copy: Path, workplace: Path, cli: Cli) -> None:
-    pytest.importorskip("transformers")
     edit_json(nano_copy / "config.json", lambda document: document.update(rms_norm_eps=1e-5))
     result = cli("verify", bundle, "--checkpoint", nano_copy, "--json", "result.json")
     result.refused(1, "is not the checkpoint of", "expected", "--checkpoint FOLDER")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pexpect
 import pytest
 
 from qwen_rt.cli import chat
@@ -18,8 +19,6 @@ from qwen_rt.runtime.outputs import StreamChunk
 
 from .conftest import Cli
 from .kit import HOSTILE, QUESTION, child, command, environment
-
-pexpect = pytest.importorskip("pexpect", reason="pip install pexpect, to drive a terminal")
 
 PROMPT = r"\r\n> |^> "
 NEVER_ENDS = ["--ignore-eos", "--max-tokens", "1900"]

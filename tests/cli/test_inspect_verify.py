@@ -63,12 +63,6 @@ def test_render_is_plain_text_for_people() -> None:
     assert all(line.isprintable() for line in found.render(with_layers=True).split("\n"))
 
 
-@pytest.fixture
-def _reference() -> None:
-    pytest.importorskip("transformers", reason='pip install "qwen-rt[bench]"')
-
-
-@pytest.mark.usefixtures("_reference")
 def test_verify_passes_and_writes_json(bundle: Path, workplace: Path, cli: Cli) -> None:
     result = cli("verify", bundle, *QUICK, "--json", "result.json")
     assert (result.code, result.err) == (0, "")
@@ -91,7 +85,6 @@ def _scale(shard: Path, name: str, factor: float) -> None:
     shard.write_bytes(data)
 
 
-@pytest.mark.usefixtures("_reference")
 def test_verify_fails_on_weights_that_were_changed_consistently(packed_copy: Path, workplace: Path, cli: Cli) -> None:
     """The manifest agrees with the changed shard, so the bundle opens: only the numbers tell."""
     name = "model.layers.1.mlp.down_proj.weight"
@@ -107,7 +100,6 @@ def test_verify_fails_on_weights_that_were_changed_consistently(packed_copy: Pat
     assert not next(check for check in found["checks"] if "largest error of a logit" in check["name"])["passed"]
 
 
-@pytest.mark.usefixtures("_reference")
 def test_verify_refuses_what_it_cannot_read(bundle: Path, workplace: Path, cli: Cli) -> None:
     (workplace / "latin").write_bytes(b"caf\xe9")
     (workplace / "short").write_text("1")
@@ -120,7 +112,6 @@ def test_verify_refuses_what_it_cannot_read(bundle: Path, workplace: Path, cli: 
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_reference")
 def test_verify_in_a_process_of_its_own(bundle: Path, workplace: Path) -> None:
     result = child(["verify", bundle, "--num-tokens", "64", "--greedy-tokens", "32", "--quiet"], cwd=workplace)
     assert (result.code, result.err) == (0, ""), result

@@ -6,69 +6,12 @@ import json
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 
 from qwen_rt.errors import CheckpointError, QwenRtError, UnsupportedModelError, UsageError
 from qwen_rt.spec import ModelSpec, RopeSpec
 
-QWEN2_MATH_7B: dict[str, Any] = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-    "hidden_act": "silu",
-    "hidden_size": 3584,
-    "initializer_range": 0.02,
-    "intermediate_size": 18944,
-    "max_position_embeddings": 4096,
-    "max_window_layers": 28,
-    "model_type": "qwen2",
-    "num_attention_heads": 28,
-    "num_hidden_layers": 28,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 10000,
-    "sliding_window": 4096,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.41.2",
-    "use_cache": True,
-    "use_sliding_window": False,
-    "vocab_size": 152064,
-}
-YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-
-# hidden, layers, heads, kv heads, ffn, vocab, tied → parameters, as the model cards and safetensors metadata say.
-RELEASED = {
-    "0.5B": ((896, 24, 14, 2, 4864, 151936, True), 494_032_768),
-    "1.5B": ((1536, 28, 12, 2, 8960, 151936, True), 1_543_714_304),
-    "3B": ((2048, 36, 16, 2, 11008, 151936, True), 3_085_938_688),
-    "7B": ((3584, 28, 28, 4, 18944, 152064, False), 7_615_616_512),
-    "14B": ((5120, 48, 40, 8, 13824, 152064, False), 14_770_033_664),
-    "32B": ((5120, 64, 40, 8, 27648, 152064, False), 32_763_876_352),
-    "72B": ((8192, 80, 64, 8, 29568, 152064, False), 72_706_203_648),
-}
-
-
-def config_with(**changes: Any) -> dict[str, Any]:
-    """Qwen2-Math-7B's config with keys replaced; `...` removes one."""
-    merged = {**QWEN2_MATH_7B, **changes}
-    return {key: value for key, value in merged.items() if value is not ...}
-
-
-def released_config(size: str) -> dict[str, Any]:
-    hidden, layers, heads, kv_heads, ffn, vocab, tied = RELEASED[size][0]
-    return config_with(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=ffn,
-        vocab_size=vocab,
-        tie_word_embeddings=tied,
-        max_window_layers=layers,
-    )
+from .configs import QWEN2_MATH_7B, RELEASED, YARN, config_with, released_config
 
 
 def refusal(config: Any) -> QwenRtError:
@@ -159,8 +102,9 @@ class TestReleasedConfigs:
 
     @pytest.mark.parametrize("size", RELEASED)
     def test_same_parameters_as_transformers(self, size: str) -> None:
-        torch = pytest.importorskip("torch")
-        transformers = pytest.importorskip("transformers")
+        import torch
+        import transformers
+
         config = {**released_config(size), "num_hidden_layers": 1, "max_window_layers": 1}
         with torch.device("meta"):
             model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**config))
@@ -220,93 +164,6 @@ class TestRoundTrip:
     def test_not_a_dict(self) -> None:
         with pytest.raises(CheckpointError, match="model spec=3; expected a JSON object"):
             ModelSpec.from_dict(3)  # type: ignore[arg-type]
-
-
-class TestRope:
-    def test_default_by_hand(self) -> None:
-        inv_freq = RopeSpec(theta=10_000.0).inv_freq(8)
-        assert inv_freq.dtype == np.float32
-        np.testing.assert_array_equal(inv_freq, np.array([1.0, 0.1, 0.01, 0.001], np.float32))
-        assert RopeSpec().attention_scaling == 1.0
-
-    def test_linear_by_hand(self) -> None:
-        rope = RopeSpec(theta=10_000.0, kind="linear", factor=4.0)
-        np.testing.assert_array_equal(rope.inv_freq(8), np.array([0.25, 0.025, 0.0025, 0.00025], np.float32))
-        assert rope.attention_scaling == 1.0
-
-    def test_yarn_by_hand(self) -> None:
-        # D=8, theta 10^4, 4096 positions: dimension(32 turns) = 8 ln(4096/64π) / (2 ln 10^4) = 1.308 → low 1,
-        # dimension(1 turn) = 8 ln(4096/2π) / (2 ln 10^4) = 2.814 → high 3; ramp over pairs 0..3: 0, 0, 1/2, 1.
-        rope = RopeSpec(theta=10_000.0, kind="yarn", factor=4.0, original_max_position_embeddings=4096)
-        expected = [1.0, 0.1, 0.01 * (0.5 + 0.5 / 4), 0.001 / 4]
-        np.testing.assert_allclose(rope.inv_freq(8), expected, rtol=1e-7)
-        assert rope.attention_scaling == pytest.approx(0.1 * math.log(4.0) + 1.0)
-
-    def test_yarn_without_truncation(self) -> None:
-        rope = RopeSpec(kind="yarn", factor=4.0, original_max_position_embeddings=4096, truncate=False)
-        low = 8 * math.log(4096 / (64 * math.pi)) / (2 * math.log(10_000))
-        high = 8 * math.log(4096 / (2 * math.pi)) / (2 * math.log(10_000))
-        ramp = (2 - low) / (high - low)
-        assert rope.inv_freq(8)[2] == pytest.approx(0.01 * ((1 - ramp) + ramp / 4), rel=1e-6)
-
-    @pytest.mark.parametrize(
-        ("keys", "scaling"),
-        [
-            ({"attention_factor": 1.5}, 1.5),
-            ({"mscale": 1.0, "mscale_all_dim": 1.0}, 1.0),
-            ({"mscale": 0.5, "mscale_all_dim": 2.0}, (0.05 * math.log(4) + 1) / (0.2 * math.log(4) + 1)),
-            ({"mscale": 0.5}, 0.1 * math.log(4) + 1),
-        ],
-    )
-    def test_yarn_attention_scaling(self, keys: dict[str, float], scaling: float) -> None:
-        spec = ModelSpec.from_config(config_with(rope_scaling={**YARN, **keys}))
-        assert spec.rope.attention_scaling == pytest.approx(scaling)
-
-    @pytest.mark.parametrize("theta", [10_000.0, 1_000_000.0, 500_000])
-    @pytest.mark.parametrize("head_dim", [2, 64, 128])
-    @pytest.mark.parametrize(
-        "scaling",
-        [
-            None,
-            {"rope_type": "default"},
-            {"rope_type": "linear", "factor": 8.0},
-            YARN,
-            {"rope_type": "yarn", "factor": 2, "beta_fast": 16, "beta_slow": 2.0},
-            {**YARN, "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.707, "truncate": False},
-            {**YARN, "attention_factor": 1.25, "original_max_position_embeddings": 64},
-            {**YARN, "factor": 1.0, "beta_fast": None},
-            {**YARN, "factor": None, "original_max_position_embeddings": 8192},
-        ],
-    )
-    def test_same_as_transformers(self, theta: float, head_dim: int, scaling: dict[str, Any] | None) -> None:
-        transformers = pytest.importorskip("transformers")
-        from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
-
-        config = config_with(
-            max_position_embeddings=32768, rope_theta=theta, head_dim=head_dim, rope_scaling=scaling, torch_dtype=...
-        )
-        module = Qwen2RotaryEmbedding(transformers.Qwen2Config(**json.loads(json.dumps(config))))
-        rope = ModelSpec.from_config(config).rope
-        # Theirs is computed in float32: a pow, a division and a blend of two, a few units in the last place.
-        np.testing.assert_allclose(rope.inv_freq(head_dim), module.inv_freq.numpy(), rtol=1e-6, atol=0)
-        assert rope.attention_scaling == pytest.approx(module.attention_scaling, rel=1e-12)
-
-    def test_context_length_with_yarn(self) -> None:
-        spec = ModelSpec.from_config(config_with(max_position_embeddings=32768, rope_scaling=YARN))
-        assert (spec.max_position_embeddings, spec.context_length) == (32768, 131072)
-
-    def test_original_positions_from_the_top_level(self) -> None:
-        config = config_with(
-            rope_scaling={"type": "yarn", "factor": 4.0},
-            original_max_position_embeddings=1024,
-            max_position_embeddings=4096,
-        )
-        assert ModelSpec.from_config(config).rope.original_max_position_embeddings == 1024
-
-    @pytest.mark.parametrize("head_dim", [0, -2, True, 2.0, 1 << 20, 10**30])
-    def test_head_dim_is_bounded(self, head_dim: Any) -> None:
-        with pytest.raises(CheckpointError, match="head_dim="):
-            RopeSpec().inv_freq(head_dim)
 
 
 class TestUnsupported:

@@ -2,12 +2,11 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from qwen_rt.benchmarks.nano import data, prompts
 from qwen_rt.benchmarks.nano import tokenizer as nano_tokenizer
 from qwen_rt.benchmarks.nano.heldout import load
-
-tokenizers = pytest.importorskip("tokenizers")
 
 CHECKPOINT_DIR = Path(__file__).parents[2] / "core" / "nano"
 
@@ -70,7 +69,8 @@ def test_the_vocabulary_fits_the_config(tokenizer):
 
 
 def test_the_chat_template_renders_the_training_prompt():
-    jinja2 = pytest.importorskip("jinja2")
+    import jinja2
+
     template = json.loads((CHECKPOINT_DIR / "tokenizer_config.json").read_text())["chat_template"]
     render = jinja2.Environment().from_string(template).render
     user = {"role": "user", "content": f"2 + 2\n{prompts.INSTRUCTION}"}

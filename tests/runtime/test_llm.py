@@ -54,7 +54,8 @@ def test_the_answer_is_right_and_ends_by_itself(nano: LLM, answer: RequestOutput
 
 
 def test_greedy_tokens_are_those_of_transformers(nano: LLM) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     from ..checkpoints import load_reference
 
     model = load_reference(Path(nano.bundle.manifest.checkpoint.path))
