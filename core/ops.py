@@ -9,14 +9,20 @@ no code op by op.
 |----------------------------|---------------------------------------------------------------------------------------|
 | `embed`                    | `out = table[ids]`                                                                    |
 | `rmsnorm_qkv`              | `qkv = concat(q, k, v)(norm(hidden)) + bias`                                          |
-| `rope_kv_append_attention` | rope on q and k, k and v into the paged cache, attention of the new token over it     |
+| `rope_kv_append_attention` | rope on q and k, k and v into the paged cache, causal attention of the new tokens     |
 | `o_proj_residual`          | `out = residual + o(attention)`                                                       |
 | `rmsnorm_gate_up_silu`     | `activation = silu(gate(norm(hidden))) · up(norm(hidden))`                            |
 | `down_residual`            | `out = residual + down(activation)`                                                   |
-| `lm_head`                  | `logits = head(norm(hidden))`                                                         |
-| `sample`                   | `next_ids = argmax(logits)`, and every position moves on by one                       |
+| `lm_head`                  | `logits = head(norm(hidden[indices]))`                                                |
+| `sample`                   | the next token of every row, and every position moves on by one                       |
 
-All rows of a call are decode rows: one new token each.
+A row is a token. The tokens of all sequences of a call lie behind each other, those of a sequence in order of position:
+sequence b has the rows `query_starts[b]` to `query_starts[b + 1] - 1`. With `rows == sequences` (a decode step) every
+sequence has exactly one, and neither `query_starts` nor `indices` is read; with more rows it is a prefill.
+
+An op with a workspace gets device memory behind its tensors: `COUNTER_BYTES` that are zero before the first use and that
+every op leaves zero, then scratch. All ops of a graph that run one after another share one. In a graph it is the node's last
+input, `workspace: uint8[W]`.
 """
 
 from __future__ import annotations
@@ -26,13 +32,19 @@ from dataclasses import dataclass
 
 from qwen_rt.errors import UsageError
 
-__all__ = ["DOMAIN", "MAX_ROWS", "OPS", "OpTensor", "PluginOp", "find_op", "shape_of"]
+__all__ = ["BLOCK_SIZE", "COUNTER_BYTES", "DOMAIN", "MAX_ROWS", "OPS", "OpTensor", "PluginOp", "find_op", "shape_of"]
 
 DOMAIN = "qwen_rt"
 """The operator-set domain of the ops in a graph."""
 
 MAX_ROWS = 64
-"""Most rows of one decode call."""
+"""Most sequences of one call, and most rows that the skinny matrix kernels take; more rows go to cuBLASLt."""
+
+BLOCK_SIZE = 64
+"""Tokens of a cache block, as the runtime allocates them."""
+
+COUNTER_BYTES = 64 * 1024
+"""The part of a workspace, at its start, that is zeroed once and always left zero."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,7 @@ class PluginOp:
         inputs: In order.
         outputs: In order, after the inputs.
         attributes: Names in order, with their defaults (None: must be given).
-        has_workspace: Whether the launcher wants zeroed device memory that stays its own.
+        has_workspace: Whether the launcher may want a workspace; `qwen_rt_workspace_bytes` says how much.
     """
 
     name: str
@@ -90,7 +102,7 @@ class PluginOp:
             shapes: Tensor name → shape; absent optional tensors left out.
 
         Returns:
-            The values of `dims`, in order.
+            The values of `dims`, in order; 0 where only absent optional tensors would tell.
 
         Raises:
             UsageError: An input missing, or shapes that contradict each other.
@@ -113,7 +125,7 @@ class PluginOp:
         for name, value, size in sizes:
             if shape_of((size,), found)[0] != value:
                 raise UsageError(f"{self.name}: {name} has {size} = {value}", f"{shape_of((size,), found)[0]}")
-        return tuple(found[dim] for dim in self.dims)
+        return tuple(found.get(dim, 0) for dim in self.dims)
 
 
 def shape_of(sizes: Sequence[str], dims: Mapping[str, int]) -> tuple[int, ...]:
@@ -152,7 +164,7 @@ OPS: tuple[PluginOp, ...] = (
     ),
     PluginOp(
         "rmsnorm_qkv",
-        1,
+        2,
         ("rows", "hidden", "q_width", "kv_width"),
         (
             _matrix("hidden", "rows", "hidden"),
@@ -166,16 +178,18 @@ OPS: tuple[PluginOp, ...] = (
         ),
         (_matrix("qkv", "rows", "q_width + 2 * kv_width"),),
         _EPSILON,
+        has_workspace=True,
     ),
     PluginOp(
         "rope_kv_append_attention",
-        1,
-        ("rows", "q_width", "kv_heads", "head_dim", "num_blocks", "block_size", "max_blocks"),
+        2,
+        ("rows", "q_width", "kv_heads", "head_dim", "num_blocks", "block_size", "sequences", "max_blocks"),
         (
             _matrix("qkv", "rows", "q_width + 2 * kv_heads * head_dim"),
             OpTensor("positions", "i64", ("rows",)),
+            OpTensor("query_starts", "i32", ("sequences + 1",)),
             OpTensor("inv_freq", "f32", ("half_dim",)),
-            OpTensor("block_tables", "i32", ("rows", "max_blocks")),
+            OpTensor("block_tables", "i32", ("sequences", "max_blocks")),
             _matrix("k_cache", *_CACHE),
             _matrix("v_cache", *_CACHE),
         ),
@@ -189,7 +203,7 @@ OPS: tuple[PluginOp, ...] = (
     ),
     PluginOp(
         "o_proj_residual",
-        1,
+        2,
         ("rows", "width", "hidden"),
         (
             _matrix("attention", "rows", "width"),
@@ -197,10 +211,11 @@ OPS: tuple[PluginOp, ...] = (
             _matrix("residual", "rows", "hidden"),
         ),
         (OpTensor("out", "bf16", ("rows", "hidden"), alias="residual", may_alias=True),),
+        has_workspace=True,
     ),
     PluginOp(
         "rmsnorm_gate_up_silu",
-        1,
+        2,
         ("rows", "hidden", "ffn"),
         (
             _matrix("hidden", "rows", "hidden"),
@@ -210,10 +225,11 @@ OPS: tuple[PluginOp, ...] = (
         ),
         (_matrix("activation", "rows", "ffn"),),
         _EPSILON,
+        has_workspace=True,
     ),
     PluginOp(
         "down_residual",
-        1,
+        2,
         ("rows", "ffn", "hidden"),
         (
             _matrix("activation", "rows", "ffn"),
@@ -221,24 +237,55 @@ OPS: tuple[PluginOp, ...] = (
             _matrix("residual", "rows", "hidden"),
         ),
         (OpTensor("out", "bf16", ("rows", "hidden"), alias="residual", may_alias=True),),
+        has_workspace=True,
     ),
     PluginOp(
         "lm_head",
-        1,
-        ("rows", "hidden", "vocab"),
-        (_matrix("hidden", "rows", "hidden"), _matrix("norm_weight", "hidden"), _matrix("weight", "vocab", "hidden")),
-        (OpTensor("logits", "f32", ("rows", "vocab")),),
+        2,
+        ("rows", "sequences", "hidden", "vocab"),
+        (
+            _matrix("hidden", "rows", "hidden"),
+            OpTensor("indices", "i64", ("sequences",)),
+            _matrix("norm_weight", "hidden"),
+            _matrix("weight", "vocab", "hidden"),
+        ),
+        (OpTensor("logits", "f32", ("sequences", "vocab")),),
         _EPSILON,
+        has_workspace=True,
     ),
     PluginOp(
         "sample",
-        1,
-        ("rows", "vocab"),
-        (OpTensor("logits", "f32", ("rows", "vocab")), OpTensor("positions", "i64", ("rows",), optional=True)),
+        2,
+        ("rows", "vocab", "slots", "max_edits", "ring"),
+        (
+            OpTensor("logits", "f32", ("rows", "vocab")),
+            OpTensor("positions", "i64", ("rows",), optional=True),
+            OpTensor("temperature", "f32", ("rows",), optional=True),
+            OpTensor("top_k", "i32", ("rows",), optional=True),
+            OpTensor("top_p", "f32", ("rows",), optional=True),
+            OpTensor("min_p", "f32", ("rows",), optional=True),
+            OpTensor("seeds", "i64", ("rows",), optional=True),
+            OpTensor("num_outputs", "i64", ("rows",), optional=True),
+            OpTensor("penalties", "f32", ("rows", "3"), optional=True),
+            OpTensor("count_slots", "i32", ("rows",), optional=True),
+            OpTensor("counts", "i32", ("slots", "vocab"), optional=True),
+            OpTensor("edit_ids", "i32", ("rows", "max_edits"), optional=True),
+            OpTensor("edit_values", "f32", ("rows", "max_edits"), optional=True),
+            OpTensor("edit_until", "i32", ("rows", "max_edits"), optional=True),
+            OpTensor("step", "i64", ("1",), optional=True),
+        ),
         (
             OpTensor("next_ids", "i64", ("rows",)),
             OpTensor("next_positions", "i64", ("rows",), optional=True, alias="positions"),
+            OpTensor("next_num_outputs", "i64", ("rows",), optional=True, alias="num_outputs"),
+            OpTensor("next_counts", "i32", ("slots", "vocab"), optional=True, alias="counts"),
+            OpTensor("next_step", "i64", ("1",), optional=True, alias="step"),
+            OpTensor("history", "i64", ("ring", "rows"), optional=True),
+            OpTensor("logprobs", "f32", ("ring", "rows"), optional=True),
+            OpTensor("top_ids", "i32", ("ring", "rows", "20"), optional=True),
+            OpTensor("top_logprobs", "f32", ("ring", "rows", "20"), optional=True),
         ),
+        (("num_tokens", 0.0),),
         has_workspace=True,
     ),
 )

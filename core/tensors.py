@@ -20,15 +20,37 @@ Legend, used in every docstring of the project:
 `kv_lengths` counts the padding of a ragged batch too. ONNX `Attention` aligns its causal mask to the end of the valid
 rows, so a row with fewer valid tokens than S must still claim S; its surplus cache rows hold values that no valid
 query can see, and the next call overwrites them, because it writes at the row's true length.
+
+Graphs of target `cuda` keep keys and values in blocks of `qwen_rt.ops.BLOCK_SIZE` tokens and take the tokens of all
+sequences behind each other, without padding:
+
+    R tokens of all sequences in this call   B sequences   W workspace bytes   blocks: of the cache, block 0 is scratch
+
+| tensor                     | dtype     | shape               | meaning                                              |
+|----------------------------|-----------|---------------------|------------------------------------------------------|
+| `input_ids`                | int64     | [R]                 | R = B: a decode step, one token for each sequence    |
+| `positions`                | int64     | [R]                 | place of each token in its sequence                  |
+| `query_starts`             | int32     | [B + 1]             | first token of each sequence, then R                 |
+| `block_tables`             | int32     | [B, max_blocks]     | cache block of tokens 64 i … 64 i + 63               |
+| `logits_indices`           | int64     | [B]                 | the token of each sequence whose logits are wanted   |
+| `workspace`                | uint8     | [W]                 | `qwen_rt.ops.COUNTER_BYTES` zeros, then scratch      |
+| `past_key_values.{i}.key`  | bfloat16  | [blocks, Hkv, 64, D]| the whole pool of layer i                            |
+| `past_key_values.{i}.value`| bfloat16  | [blocks, Hkv, 64, D]|                                                      |
+| `logits`                   | float32   | [B, V]              |                                                      |
+| `present.{i}.key`/`.value` | bfloat16  | as past             | the same memory as the past tensors                  |
 """
 
 from __future__ import annotations
 
 __all__ = [
+    "BLOCK_TABLES",
     "INPUT_IDS",
     "KV_LENGTHS",
     "LOGITS",
     "LOGITS_INDICES",
+    "POSITIONS",
+    "QUERY_STARTS",
+    "WORKSPACE",
     "WRITE_INDICES",
     "past_key",
     "past_value",
@@ -41,6 +63,10 @@ WRITE_INDICES = "write_indices"
 KV_LENGTHS = "kv_lengths"
 LOGITS_INDICES = "logits_indices"
 LOGITS = "logits"
+POSITIONS = "positions"
+QUERY_STARTS = "query_starts"
+BLOCK_TABLES = "block_tables"
+WORKSPACE = "workspace"
 
 
 def past_key(layer: int) -> str:

@@ -37,7 +37,7 @@ __all__ = [
     "source_hash",
 ]
 
-ABI = 1
+ABI = 2
 """QWEN_RT_ABI of capi.h."""
 
 LIBRARY_NAME = "libqwen_rt_plugins.so"

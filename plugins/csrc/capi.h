@@ -12,7 +12,8 @@
 
 #include <stdint.h>
 
-#define QWEN_RT_ABI 1
+#define QWEN_RT_ABI 2
+#define QWEN_RT_COUNTER_BYTES 65536 /* start of every workspace: zeroed once by the caller, left zero by every op */
 
 #ifdef __cplusplus
 extern "C" {
@@ -35,7 +36,8 @@ typedef struct QwenRtCall {
     void* const* tensors;
     const int64_t* dims;
     const double* attributes;
-    void* workspace; /* qwen_rt_workspace_bytes() of device memory, zeroed once before its first use; NULL if 0 */
+    void* workspace; /* at least qwen_rt_workspace_bytes() of device memory, QWEN_RT_COUNTER_BYTES of zeros first; NULL if 0.
+                        Ops that run one after another on a stream may share it */
     int64_t workspace_bytes;
     void* stream; /* cudaStream_t */
     int64_t flags;
@@ -46,7 +48,7 @@ typedef struct QwenRtCall {
 /* Enqueue the op named `op`. */
 int32_t qwen_rt_launch(const char* op, const QwenRtCall* call);
 
-/* Device bytes that the op wants for these dims on the current device; -1 if there is no such op. */
+/* Device bytes that the op wants for these dims on the current device, counters included (0: none); -1 if there is no such op. */
 int64_t qwen_rt_workspace_bytes(const char* op, const int64_t* dims, int32_t num_dims);
 
 /* "abi=1 sources=<sha256> sms=90 nvcc=13.0 ops=embed:1,...": what the library was built from. */
