@@ -1,5 +1,6 @@
 """Times every plugin op and whole decode steps on one GPU, against the read bandwidth measured in the same run.
 
+    qwen-rt bench kernels --model 7b --rows 1 16
     python -m qwen_rt.benchmarks.bench_kernels ops step --model 7b --rows 1 16
 
 `ops` times each op alone, graph replays over enough copies of its weights that L2 never holds them; `step` times all
@@ -7,8 +8,9 @@ ops of a decode step, chained in one captured graph with the token fed back on t
 the device. Every op is checked against its float64 reference before it is timed.
 
 Metrics: µs (median, p10, p90, n over replays), GB/s of the bytes that the op must read, their share of the measured
-read bandwidth; for a step the time per token and its ratio to the floor: bytes of all linear weights and the LM head
-(plus keys and values, where said) over that bandwidth.
+read bandwidth, and the roofline's share of the time (`kernel_shapes.OpCost`; the matrix rate is that of a product of
+8192³); for a step the time per token and its ratio to the floor: bytes of all linear weights and the LM head (plus keys
+and values, where said) over that bandwidth.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import argparse
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,10 +28,13 @@ from torch import Tensor
 
 from qwen_rt.benchmarks import harness
 from qwen_rt.benchmarks import kernel_references as references
-from qwen_rt.benchmarks.kernel_shapes import SHAPES, ModelShape
+from qwen_rt.benchmarks.kernel_shapes import SHAPES, ModelShape, OpCost
 from qwen_rt.benchmarks.kernel_step import DecodeStep, OpCaller, capture
-from qwen_rt.errors import QwenRtError, VerificationError
+from qwen_rt.benchmarks.latency_report import gpu_line
+from qwen_rt.benchmarks.measure import matrix_rate
+from qwen_rt.errors import MissingDependencyError, QwenRtError, VerificationError
 from qwen_rt.plugins.library import NO_DEPENDENT_LAUNCH, PluginLibrary, load
+from qwen_rt.progress import Progress
 
 STEP_OPS = (
     "embed",
@@ -83,18 +89,21 @@ class OpCases:
     """
 
     def __init__(self, call: OpCaller, shape: ModelShape, rows: int, length: int) -> None:
-        self.call, self.shape, self.rows = call, shape, rows
+        self.call, self.shape, self.rows, self.length = call, shape, rows, length
         self.step = DecodeStep(call, shape, num_layers=1)
         self.step.prepare(rows, length - 1, max_new=1)
 
-    def prepare(self, op: str) -> tuple[list[Callable[[], None]], int, Callable[[], str]]:
-        """Return calls (one per copy of the weights), bytes that each must read, and a check of the first."""
+    def cost(self, op: str) -> OpCost:
+        """Return what one call of an op needs."""
+        return self.shape.op_cost(op, self.rows, self.length)
+
+    def prepare(self, op: str) -> tuple[list[Callable[[], None]], Callable[[], str]]:
+        """Return calls (one per copy of the weights), and a check of the first."""
         s, step, rows = self.shape, self.step, self.rows
         epsilon = step.epsilon
         x = step.hidden
         w = step.layers[0]
-        num_bytes = 2 * s.layer_parameters.get(op, 0)
-        copies = 1 if num_bytes == 0 else max(2, -(-COLD_BYTES // num_bytes))
+        copies = max(2, -(-COLD_BYTES // self.cost(op).read_bytes))
 
         def cold(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
             return [tensors, *(tuple(t.clone() for t in tensors) for _ in range(copies - 1))]
@@ -130,22 +139,21 @@ class OpCases:
                 step.activation, lambda: references.rmsnorm_gate_up_silu(x, w["norm2"], w["gate"], w["up"], epsilon)
             )
         elif op == "lm_head":
-            num_bytes = 2 * s.hidden * s.vocab
             rest = {"hidden": x, "norm_weight": step.norm, "logits": step.logits}
+            rest["indices"] = step.indices
             with_each("weight", [(step.head,)], rest, epsilon=epsilon)
             check = tell(step.logits, lambda: references.lm_head(x, step.norm, step.head, epsilon))
         elif op == "rope_kv_append_attention":
-            num_bytes = 4 * rows * s.kv_heads * s.head_dim * (step.prompt + 1)
-            copies = max(1, min(64, COLD_BYTES // num_bytes))
+            copies = max(1, min(64, COLD_BYTES // self.cost(op).read_bytes))
             keys, values = step.caches[0]
             rest = {"qkv": step.qkv, "positions": step.positions, "inv_freq": step.inv_freq}
             rest |= {"block_tables": step.tables, "out": step.attended}
+            rest["query_starts"] = step.query_starts
             scale = s.head_dim**-0.5
             with_each("k_cache v_cache", cold(keys, values), rest, scale=scale, max_length=step.max_length)
             inputs = (step.qkv, step.positions, step.inv_freq, step.tables, keys, values)
             check = tell(step.attended, lambda: references.attention(*inputs, scale)[0])
         elif op == "sample":
-            num_bytes = 4 * rows * s.vocab
             step.logits.normal_()
             ids = torch.empty(rows, dtype=torch.int64, device="cuda")
             with_each("logits", [(step.logits,)], {"next_ids": ids})
@@ -153,14 +161,13 @@ class OpCases:
             def check() -> str:
                 return "" if torch.equal(ids, references.sample(step.logits)) else "sample: wrong tokens"
         else:
-            num_bytes = 2 * rows * s.hidden
             out = torch.empty_like(x)
             with_each("table", [(step.table,)], {"ids": step.ids, "out": out})
 
             def check() -> str:
                 return "" if torch.equal(out, step.table[step.ids]) else "embed: wrong rows"
 
-        return calls, num_bytes, check
+        return calls, check
 
 
 def _run_all(calls: Sequence[Callable[[], None]]) -> None:
@@ -168,17 +175,27 @@ def _run_all(calls: Sequence[Callable[[], None]]) -> None:
         call()
 
 
-def bench_op(cases: OpCases, op: str, repeats: int = 15) -> tuple[dict[str, Any], int]:
-    """Check an op, then time it overlapping itself and alone; return metrics and its bytes.
+def bench_op(cases: OpCases, op: str, bandwidth: float, rate: float | None, repeats: int = 15) -> dict[str, Any]:
+    """Check an op, then time it overlapping itself and alone.
+
+    Args:
+        cases: Its inputs.
+        op: Which.
+        bandwidth: Bytes a second of plain reads, measured in this run.
+        rate: bf16 operations a second, measured in this run; None leaves arithmetic out of the roofline.
+        repeats: Graph replays.
+
+    Returns:
+        Its metrics.
 
     Raises:
         VerificationError: The check failed.
     """
-    calls, num_bytes, check = cases.prepare(op)
+    calls, check = cases.prepare(op)
     calls[0]()
     torch.cuda.synchronize()
     if problem := check():
-        raise VerificationError(problem)
+        raise VerificationError(problem, "the float64 reference", "no number for an op that is wrong: see its tests")
     metrics: dict[str, Any] = {}
     num_calls = max(16, len(calls))
     order = list(itertools.islice(itertools.cycle(calls), num_calls))
@@ -188,8 +205,12 @@ def bench_op(cases: OpCases, op: str, repeats: int = 15) -> tuple[dict[str, Any]
         cases.call.flags = 0
         samples = [us / num_calls for us in _event_times(graph.replay, repeats)]
         metrics[name] = harness.summarize(samples)
-    metrics["read_gb_s"] = round(num_bytes / metrics["time_us"]["median"] / 1e3, 1)
-    return metrics, num_bytes
+    cost, time_us = cases.cost(op), float(metrics["time_us"]["median"])
+    metrics["read_gb_s"] = round(cost.read_bytes / time_us / 1e3, 1)
+    metrics["share_of_bandwidth_ratio"] = round(cost.read_bytes / (time_us * 1e-6) / bandwidth, 4)
+    metrics["roofline_us"] = round(cost.roofline_us(bandwidth, rate), 3)
+    metrics["share_of_roofline_ratio"] = round(cost.roofline_us(bandwidth, rate) / time_us, 4)
+    return metrics
 
 
 def bench_step(step: DecodeStep, rows: int, prompt: int, bandwidth: float) -> dict[str, Any]:
@@ -208,50 +229,96 @@ def bench_step(step: DecodeStep, rows: int, prompt: int, bandwidth: float) -> di
     }
 
 
-def gpu_device(bandwidth: float) -> dict[str, Any]:
+def gpu_device(bandwidth: float, rate: float | None) -> dict[str, Any]:
     """Describe the GPU of this run."""
     properties = torch.cuda.get_device_properties(0)
+    measured = {} if rate is None else {"matrix_tflop_s": round(rate / 1e12, 1)}
     return {
         "name": properties.name,
         "num_sms": properties.multi_processor_count,
         "memory_gb": round(properties.total_memory / 1e9, 1),
         "l2_mb": round(properties.L2_cache_size / 1e6, 1),
         "read_gb_s": round(bandwidth / 1e9, 1),
-    }
+    } | measured
+
+
+def require_gpu() -> None:
+    """Check that torch can use a GPU.
+
+    Raises:
+        MissingDependencyError: It cannot.
+    """
+    if torch.version.cuda is None:
+        raise MissingDependencyError(
+            f"torch {torch.__version__} is a CPU build", "a CUDA build", "pip install torch, on a machine with a GPU"
+        )
+    if not torch.cuda.is_available():
+        raise MissingDependencyError("torch finds no GPU", "an NVIDIA GPU with its driver", "see `qwen-rt doctor`")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark from the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m qwen_rt.benchmarks.bench_kernels", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="+", choices=["ops", "step", "waterfall"])
     parser.add_argument("--model", nargs="+", default=["1.5b", "7b"], choices=list(SHAPES))
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--prompt", nargs="+", type=int, default=[127])
     parser.add_argument("--op", nargs="+", default=list(STEP_OPS), choices=list(STEP_OPS))
+    parser.add_argument("--output", type=Path, help="file of rows (default: benchmarks/results/kernels.jsonl)")
     parser.add_argument("--dry", action="store_true", help="print, but write no rows")
     arguments = parser.parse_args(argv)
     try:
-        run(arguments)
+        run(
+            arguments.what,
+            arguments.model,
+            arguments.rows,
+            arguments.prompt,
+            arguments.op,
+            output=None if arguments.dry else harness.results_file("kernels", arguments.output),
+        )
     except QwenRtError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Measure what the arguments ask for; print a line and write a row each."""
+def run(
+    what: Collection[str],
+    models: Sequence[str],
+    rows: Sequence[int],
+    prompts: Sequence[int],
+    ops: Sequence[str],
+    *,
+    output: Path | None,
+    quiet: bool = False,
+) -> None:
+    """Measure; print a table for each model and append a row for each figure.
+
+    Args:
+        what: Some of `ops`, `step` and `waterfall`.
+        models: Names in `SHAPES`.
+        rows: Decode rows, each.
+        prompts: Tokens of every row before the new one, each.
+        ops: Names in `STEP_OPS`.
+        output: The file of rows; None writes none.
+        quiet: No progress on stderr.
+
+    Raises:
+        MissingDependencyError: No GPU, or no plugin library for it.
+        VerificationError: An op is not what its reference says.
+    """
+    require_gpu()
     torch.manual_seed(1)
-    call = OpCaller(load())
+    major, minor = torch.cuda.get_device_capability()
+    call = OpCaller(load(sm=10 * major + minor))
     bandwidth = measure_bandwidth(call.library)
-    device = gpu_device(bandwidth)
-    print(f"{device['name']}: reads {bandwidth / 1e12:.3f} TB/s", flush=True)
-    name_of_run = harness.new_run()
-    used = {"cuda": str(torch.version.cuda), "nvcc": call.library.build_info["nvcc"]}
+    rate = matrix_rate()
+    device, name_of_run = gpu_device(bandwidth, rate), harness.new_run()
+    print(gpu_line(device), flush=True)
+    used = {"cuda": str(torch.version.cuda), "nvcc": call.library.build_info["nvcc"], "torch": torch.__version__}
 
     def write(contender: str, metrics: dict[str, Any], settings: dict[str, Any], check: str) -> None:
-        if not arguments.dry:
+        if output is not None:
             harness.write_row(
                 "kernels",
                 contender,
@@ -261,50 +328,72 @@ def run(arguments: argparse.Namespace) -> None:
                 run=name_of_run,
                 used=used,
                 gpu=device,
+                file=output,
             )
 
-    for model in arguments.model:
+    points = list(itertools.product(rows, prompts))
+    for model in models:
         shape = SHAPES[model]
-        if "ops" in arguments.what:
-            for rows, prompt in itertools.product(arguments.rows, arguments.prompt):
-                cases = OpCases(call, shape, rows, prompt + 1)
-                for op in arguments.op:
-                    metrics, num_bytes = bench_op(cases, op)
-                    share = metrics["read_gb_s"] * 1e9 / bandwidth
-                    metrics["share_of_bandwidth_ratio"] = round(share, 4)
-                    print(
-                        f"{model:5} rows {rows:2} {op:25} {metrics['time_us']['median']:8.2f} us, alone "
-                        f"{metrics['alone_us']['median']:8.2f} us, {num_bytes / 1e6:8.2f} MB, "
-                        f"{metrics['read_gb_s']:7.1f} GB/s {100 * share:5.1f} %",
-                        flush=True,
-                    )
-                    settings = {"model": model, "rows": rows, "prompt": prompt, "bytes": num_bytes}
-                    write(op, metrics, settings, "float64 reference, this op and shape")
-                del cases
-                torch.cuda.empty_cache()
-        if "step" in arguments.what or "waterfall" in arguments.what:
-            step = DecodeStep(call, shape)
-            for rows, prompt in itertools.product(arguments.rows, arguments.prompt):
-                metrics = bench_step(step, rows, prompt, bandwidth)
-                print(
-                    f"{model:5} rows {rows:2} prompt {prompt:6} step {metrics['itl_us']['median']:9.1f} us, "
-                    f"floor {metrics['floor_us']:8.1f} us, ratio {metrics['itl_to_floor_ratio']:.3f}, "
-                    f"with kv {metrics['itl_to_floor_with_kv_ratio']:.3f}",
-                    flush=True,
-                )
-                write(
-                    "step",
-                    metrics,
-                    {"model": model, "rows": rows, "prompt": prompt},
-                    "every op by the tests marked gpu",
-                )
-                if "waterfall" in arguments.what:
-                    whole = metrics["itl_us"]["median"]
-                    for op in STEP_OPS:
-                        left = harness.percentile(step.time(without=(op,)), 0.5)
-                        print(f"      without {op:25} {left:9.1f} us: {whole - left:8.1f} us in the step", flush=True)
-            del step
+        if "ops" in what:
+            lines = []
+            with Progress(len(points) * len(ops), f"{model} ops", quiet=quiet) as progress:
+                for num_rows, prompt in points:
+                    cases = OpCases(call, shape, num_rows, prompt + 1)
+                    for op in ops:
+                        metrics = bench_op(cases, op, bandwidth, rate)
+                        num_bytes = cases.cost(op).read_bytes
+                        lines.append(op_line(model, num_rows, prompt, op, num_bytes, metrics))
+                        settings = {"model": model, "rows": num_rows, "prompt": prompt, "bytes": num_bytes}
+                        write(op, metrics, settings, "float64 reference, this op and shape")
+                        progress.update()
+                    del cases
+                    torch.cuda.empty_cache()
+            print("\n".join(["", OP_TITLES, *lines]), flush=True)
+        if "step" in what or "waterfall" in what:
+            _run_steps(DecodeStep(call, shape), model, points, bandwidth, write, waterfall="waterfall" in what)
             torch.cuda.empty_cache()
+
+
+OP_TITLES = (
+    f"{'model':5} {'rows':>4} {'prompt':>6} {'op':24} {'µs':>9} {'alone µs':>9} {'MB':>9} {'GB/s':>7} "
+    f"{'% read':>6} {'% roof':>6}"
+)
+
+
+def op_line(model: str, rows: int, prompt: int, op: str, num_bytes: int, metrics: Mapping[str, Any]) -> str:
+    """Return a line of the table: the time next to others of its kind and alone, bytes, and what share it reaches."""
+    return (
+        f"{model:5} {rows:4} {prompt:6} {op:24} {metrics['time_us']['median']:9.2f} "
+        f"{metrics['alone_us']['median']:9.2f} {num_bytes / 1e6:9.2f} {metrics['read_gb_s']:7.1f} "
+        f"{100 * metrics['share_of_bandwidth_ratio']:6.1f} {100 * metrics['share_of_roofline_ratio']:6.1f}"
+    )
+
+
+def _run_steps(
+    step: DecodeStep,
+    model: str,
+    points: Sequence[tuple[int, int]],
+    bandwidth: float,
+    write: Callable[[str, dict[str, Any], dict[str, Any], str], None],
+    *,
+    waterfall: bool,
+) -> None:
+    """Time whole steps, and for a waterfall each without one op."""
+    for rows, prompt in points:
+        metrics = bench_step(step, rows, prompt, bandwidth)
+        print(
+            f"{model:5} rows {rows:2} prompt {prompt:6} step {metrics['itl_us']['median']:9.1f} us, "
+            f"floor {metrics['floor_us']:8.1f} us, ratio {metrics['itl_to_floor_ratio']:.3f}, "
+            f"with kv {metrics['itl_to_floor_with_kv_ratio']:.3f}",
+            flush=True,
+        )
+        settings = {"model": model, "rows": rows, "prompt": prompt}
+        write("step", metrics, settings, "every op by the tests marked gpu")
+        if waterfall:
+            whole = metrics["itl_us"]["median"]
+            for op in STEP_OPS:
+                left = harness.percentile(step.time(without=(op,)), 0.5)
+                print(f"      without {op:25} {left:9.1f} us: {whole - left:8.1f} us in the step", flush=True)
 
 
 if __name__ == "__main__":

@@ -37,15 +37,19 @@ __all__ = [
     "RESULTS_FOLDER",
     "SCHEMA",
     "UNITS",
+    "append_row",
     "bar",
     "command_line",
     "device",
     "git_state",
     "hide_paths",
+    "make_row",
     "new_run",
+    "number_of",
     "percentile",
     "problems_of",
     "read_rows",
+    "results_file",
     "summarize",
     "versions",
     "write_row",
@@ -70,7 +74,7 @@ FIELDS = (
 )
 """What every row has; `bars` is optional."""
 
-UNITS = ("_gb_s", "_tok_s", "_ms", "_us", "_s", "_gb", "_mb", "_bytes", "_ratio")
+UNITS = ("_gb_s", "_tok_s", "_tflop_s", "_ms", "_us", "_s", "_gb", "_mb", "_bytes", "_ratio")
 """How the name of a metric ends."""
 
 _STATISTICS = ("median", "p10", "p90", "n")
@@ -129,6 +133,8 @@ def command_line(argv: Sequence[str] | None = None) -> str:
     package = RESULTS_FOLDER.parent
     if script.suffix == ".py" and script.resolve().parent == package:
         program = ["python", "-m", f"qwen_rt.benchmarks.{script.stem}"]
+    elif script.name == "__main__.py":
+        program = ["qwen-rt"]
     else:
         program = [script.name]
     return shlex.join([*program, *(_relative(argument) for argument in arguments[1:])])
@@ -141,6 +147,14 @@ def _relative(argument: str) -> str:
         root = RESULTS_FOLDER.parent.parent
         value = str(path.relative_to(root)) if path.is_relative_to(root) else f".../{path.name}"
     return option + equals + value
+
+
+def results_file(benchmark: str, given: Path | None = None) -> Path | None:
+    """Return where the rows of a benchmark go: a given file, else the results of a checkout; None outside one."""
+    if given is not None:
+        return given
+    in_checkout = (RESULTS_FOLDER.parent.parent / "pyproject.toml").is_file()
+    return RESULTS_FOLDER / f"{benchmark}.jsonl" if in_checkout else None
 
 
 def git_state() -> tuple[str, bool | None]:
@@ -207,7 +221,7 @@ def new_run() -> str:
     return f"{_now()}-{os.getpid()}"
 
 
-def write_row(
+def make_row(
     benchmark: str,
     contender: str,
     metrics: Mapping[str, Any],
@@ -218,12 +232,11 @@ def write_row(
     used: Mapping[str, str] | None = None,
     bars: Mapping[str, Any] | None = None,
     gpu: Mapping[str, Any] | None = None,
-    folder: Path | None = None,
 ) -> dict[str, Any]:
-    """Append one row to the results of a benchmark.
+    """Make a row without writing it.
 
     Args:
-        benchmark: Name of the benchmark and of the file.
+        benchmark: Name of the benchmark and of its file.
         contender: What was measured (`qwen-rt`, `transformers fp32`, …).
         metrics: Name with unit → a number, or a dict as `summarize` makes it.
         settings: All that decides the numbers: shapes, lengths, precision, threads. Not how often it was measured.
@@ -232,7 +245,6 @@ def write_row(
         used: Package → version; None for those of this process.
         bars: Name → `bar`.
         gpu: The GPU that was measured, as it calls itself; None for a CPU benchmark.
-        folder: Where the file is; None for `RESULTS_FOLDER`.
 
     Returns:
         The row.
@@ -267,11 +279,53 @@ def write_row(
     row = hide_paths(row)
     if problems := problems_of(row):
         raise ValueError(f"{benchmark}, {contender}: {'; '.join(problems)}")
-    folder = RESULTS_FOLDER if folder is None else folder
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{benchmark}.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
     return row
+
+
+def append_row(row: Mapping[str, Any], file: Path) -> None:
+    """Append a row to a file of rows."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_row(
+    benchmark: str,
+    contender: str,
+    metrics: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    *,
+    folder: Path | None = None,
+    file: Path | None = None,
+    **rest: Any,
+) -> dict[str, Any]:
+    """Make a row (`rest` as `make_row` takes it) and append it to the results of its benchmark.
+
+    Args:
+        benchmark: As for `make_row`.
+        contender: As for `make_row`.
+        metrics: As for `make_row`.
+        settings: As for `make_row`.
+        folder: Where the file is; None for `RESULTS_FOLDER`.
+        file: The file itself, whatever its name; None for `<benchmark>.jsonl` in `folder`.
+        rest: `check`, `run` and what else `make_row` takes.
+
+    Returns:
+        The row.
+
+    Raises:
+        VerificationError: The check has not passed.
+        ValueError: A field is malformed.
+    """
+    row = make_row(benchmark, contender, metrics, settings, **rest)
+    append_row(row, (RESULTS_FOLDER if folder is None else folder) / f"{benchmark}.jsonl" if file is None else file)
+    return row
+
+
+def number_of(row: Mapping[str, Any], metric: str) -> float | None:
+    """Return a metric of a row, of samples their median; None if the row lacks it."""
+    value: float | Mapping[str, float] | None = row["metrics"].get(metric)
+    return value["median"] if isinstance(value, Mapping) else value
 
 
 def problems_of(row: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qwen_rt.benchmarks.kernel_shapes import ModelShape
-from qwen_rt.ops import find_op
+from qwen_rt.ops import COUNTER_BYTES, find_op
 from qwen_rt.plugins.library import PluginLibrary
 
 __all__ = ["DecodeStep", "OpCaller", "capture", "random_bf16"]
@@ -22,7 +22,7 @@ def random_bf16(*shape: int, std: float = 1.0) -> Tensor:
 
 
 class OpCaller:
-    """Calls ops on torch tensors; workspaces are kept, one per op and dims.
+    """Calls ops on torch tensors; all ops share one workspace, which grows to the largest that was wanted.
 
     Args:
         library: The loaded plugins.
@@ -32,20 +32,15 @@ class OpCaller:
     def __init__(self, library: PluginLibrary, flags: int = 0) -> None:
         self.library = library
         self.flags = flags
-        self._workspaces: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self._sizes: dict[tuple[str, tuple[int, ...]], int] = {}
+        self._workspaces: list[Tensor] = []  # the last is the one in use; captured graphs may hold those before
 
     def __call__(self, op: str, tensors: Mapping[str, Tensor | None], **attributes: float) -> None:
         """Enqueue an op on the current stream; outputs that alias an input need not be named."""
         row = find_op(op)
         given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         dims = row.dims_of({name: tuple(tensor.shape) for name, tensor in given.items()})
-        workspace = None
-        if row.has_workspace:
-            key = op, dims
-            if key not in self._workspaces:
-                size = self.library.workspace_bytes(op, dims)
-                self._workspaces[key] = torch.zeros(size, dtype=torch.uint8, device="cuda")
-            workspace = self._workspaces[key]
+        workspace = self._workspace(op, dims) if row.has_workspace else None
         self.library.launch(
             op,
             [given[tensor.name].data_ptr() if tensor.name in given else None for tensor in row.tensors],
@@ -56,6 +51,23 @@ class OpCaller:
             workspace_bytes=0 if workspace is None else workspace.numel(),
             flags=self.flags,
         )
+
+    def _workspace(self, op: str, dims: tuple[int, ...]) -> Tensor | None:
+        if (op, dims) not in self._sizes:
+            self._sizes[op, dims] = self.library.workspace_bytes(op, dims)
+        size = self._sizes[op, dims]
+        if size == 0:
+            return None
+        if not self._workspaces or self._workspaces[-1].numel() < size:
+            # Scratch is filled with bytes of NaN: an op that reads what it has not written is found out.
+            workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")
+            workspace[:COUNTER_BYTES] = 0
+            self._workspaces.append(workspace)
+        return self._workspaces[-1]
+
+    def counters_are_zero(self) -> bool:
+        """Tell whether every op has left the counters as it must."""
+        return not any(bool(workspace[:COUNTER_BYTES].any()) for workspace in self._workspaces)
 
 
 def capture(body: Callable[[], Any]) -> torch.cuda.CUDAGraph:
@@ -126,6 +138,8 @@ class DecodeStep:
         self.tables = tables.view(rows, blocks_per_row).contiguous()
         self.ids = torch.randint(s.vocab, (rows,), device="cuda")
         self.positions = torch.full((rows,), prompt, dtype=torch.int64, device="cuda")
+        self.query_starts = torch.arange(rows + 1, dtype=torch.int32, device="cuda")
+        self.indices = torch.arange(rows, device="cuda")
         self.hidden = random_bf16(rows, s.hidden)
         self.qkv = random_bf16(rows, (s.heads + 2 * s.kv_heads) * s.head_dim)
         self.attended = random_bf16(rows, s.heads * s.head_dim)
@@ -153,6 +167,7 @@ class DecodeStep:
                 {
                     "qkv": self.qkv,
                     "positions": self.positions,
+                    "query_starts": self.query_starts,
                     "inv_freq": self.inv_freq,
                     "block_tables": self.tables,
                     "k_cache": k_cache,
@@ -168,8 +183,8 @@ class DecodeStep:
             call(
                 "down_residual", {"activation": self.activation, "weight": w["down"], "residual": hidden, "out": hidden}
             )
-        head = {"hidden": hidden, "norm_weight": self.norm, "weight": self.head, "logits": self.logits}
-        call("lm_head", head, epsilon=self.epsilon)
+        head = {"norm_weight": self.norm, "weight": self.head, "logits": self.logits}
+        call("lm_head", {"hidden": hidden, "indices": self.indices, **head}, epsilon=self.epsilon)
         call("sample", {"logits": self.logits, "positions": self.positions, "next_ids": self.ids})
 
     def qkv_tensors(self, w: dict[str, Tensor]) -> dict[str, Tensor | None]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,16 +21,27 @@ from numpy.typing import NDArray
 from qwen_rt.errors import QwenRtError
 from qwen_rt.machine import last_json_line, read_cpu
 
+if TYPE_CHECKING:
+    from qwen_rt.plugins.library import PluginLibrary
+    from qwen_rt.runtime.cuda.cudart import Cudart
+
 __all__ = [
+    "NUM_READ_PROBES",
     "ChildResult",
     "Worker",
     "first_byte_seconds",
+    "gpu_read_bandwidth",
     "l3_bytes",
+    "matrix_rate",
+    "matrix_rate_of_child",
     "num_cores",
     "package_python",
     "read_bandwidth",
     "run_child",
 ]
+
+NUM_READ_PROBES = 6
+"""Variants of `PluginLibrary.read_probe`."""
 
 # Linux counts the memory of the forking parent as the child's peak, so a small process stands in between.
 _LAUNCHER = """
@@ -257,3 +268,95 @@ def _rate(buffers: list[NDArray[Any]], reduce: Callable[[NDArray[Any]], object],
     for reader in readers:
         reader.join()
     return sum(rates)
+
+
+def gpu_read_bandwidth(cuda: Cudart, library: PluginLibrary, nbytes: int = 8 << 30, repeats: int = 12) -> float:
+    """Measure how fast the GPU reads its memory: the fastest of several plain read kernels.
+
+    Args:
+        cuda: The CUDA runtime, with the device opened.
+        library: The plugins.
+        nbytes: Of the buffer, many times any L2; at most half of what is free is taken.
+        repeats: Reads by each kernel; the median counts.
+
+    Returns:
+        Bytes a second.
+
+    Raises:
+        QwenRtError: CUDA refused something.
+    """
+    from qwen_rt.runtime.cuda.memory import Resources
+
+    chunk = 16 << 20
+    nbytes = min(nbytes, cuda.memory_info()[0] // 2) // chunk * chunk
+    with contextlib.closing(Resources(cuda)) as resources:
+        stream, start, end = resources.stream(), resources.event(timing=True), resources.event(timing=True)
+        (data, _), (sink, _) = resources.device(nbytes), resources.device(chunk)
+        # Random bits, as weights have them: what is constant draws less power and is read at higher clocks.
+        source = resources.pinned(chunk)
+        source.array(np.uint8, (chunk,))[:] = np.random.default_rng(0).integers(0, 256, chunk, np.uint8)
+        for offset in range(0, nbytes, chunk):
+            cuda.copy(data + offset, source.host, chunk, stream)
+        rates = []
+        for variant in range(NUM_READ_PROBES):
+            samples = []
+            for _ in range(repeats + 2):
+                cuda.event_record(start, stream)
+                library.read_probe(data, nbytes, sink, variant, stream)
+                cuda.event_record(end, stream)
+                cuda.event_synchronize(end)
+                samples.append(cuda.elapsed_ms(start, end))
+            rates.append(nbytes / (sorted(samples[2:])[repeats // 2] * 1e-3))
+        cuda.stream_synchronize(stream)
+    return max(rates)
+
+
+def matrix_rate(device: int = 0, size: int = 8192, repeats: int = 20) -> float | None:
+    """Measure how fast the GPU multiplies square bf16 matrices, by torch.
+
+    Args:
+        device: The GPU's number.
+        size: Rows and columns of both factors.
+        repeats: Products; the median counts.
+
+    Returns:
+        Operations a second (2 size³ a product); None without torch or without a GPU that it can use.
+    """
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return None
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.set_device(device)
+    factors = [torch.empty(size, size, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(2)]
+    out = torch.empty_like(factors[0])
+    samples = []
+    for turn in range(repeats + 5):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        start.record()
+        torch.matmul(factors[0], factors[1], out=out)
+        end.record()
+        end.synchronize()
+        if turn >= 5:
+            samples.append(start.elapsed_time(end) * 1e-3)
+    return float(2 * size**3 / sorted(samples)[len(samples) // 2])
+
+
+_RATE_OF_CHILD = """
+import json, sys
+from qwen_rt.benchmarks.measure import matrix_rate
+print(json.dumps([matrix_rate(int(sys.argv[1]))]))
+"""
+
+
+def matrix_rate_of_child(device: int = 0, timeout_s: float = 120.0) -> float | None:
+    """Measure `matrix_rate` in a process of its own, so that torch leaves no memory on the device."""
+    try:
+        command = package_python("-P", "-c", _RATE_OF_CHILD, str(device))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired:
+        return None
+    answer = last_json_line(done.stdout)
+    rate = answer[0] if isinstance(answer, list) and len(answer) == 1 else None
+    return float(rate) if isinstance(rate, int | float) and rate > 0 else None

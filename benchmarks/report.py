@@ -25,13 +25,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen_rt.benchmarks.harness import UNITS, read_rows
-from qwen_rt.errors import MissingDependencyError, QwenRtError, UsageError
+from qwen_rt.benchmarks import bars
+from qwen_rt.benchmarks.harness import UNITS, number_of, read_rows
+from qwen_rt.benchmarks.latency_report import draw_latency, latency_tables, load_pyplot
+from qwen_rt.errors import QwenRtError, UsageError
 from qwen_rt.storage import atomic_write_bytes
 
 OURS = "qwen-rt"
 _BLOCK = re.compile(r"(<!-- results:([\w.-]+) -->\n)(.*?)(<!-- /results -->)", re.DOTALL)
 _OPENING = re.compile(r"<!-- results:([\w.-]+) -->")
+
+_MAY_BE_EMPTY = ("latency",)
 
 Row = Mapping[str, Any]
 
@@ -83,6 +87,7 @@ _TITLES = {
 _UNIT_TEXT = {
     "_gb_s": "GB/s",
     "_tok_s": "tok/s",
+    "_tflop_s": "TFLOP/s",
     "_ms": "ms",
     "_us": "µs",
     "_s": "s",
@@ -109,11 +114,6 @@ def _title(metric: str) -> str:
         return _TITLES[metric]
     unit = next(unit for unit in UNITS if metric.endswith(unit))
     return f"{metric.removesuffix(unit).replace('_', ' ').replace('rss', 'RSS')}, {_UNIT_TEXT[unit]}"
-
-
-def _value(row: Row, metric: str) -> float | None:
-    value: float | Mapping[str, float] | None = row["metrics"].get(metric)
-    return value["median"] if isinstance(value, Mapping) else value
 
 
 def _number(value: float | None) -> str:
@@ -148,21 +148,30 @@ def _baseline(row: Row, rows: Sequence[Row]) -> Row | None:
 
 def _ratio(row: Row, rows: Sequence[Row], headline: str) -> str:
     ours = _baseline(row, rows)
-    mine, theirs = (None if ours is None else _value(ours, headline)), _value(row, headline)
+    mine, theirs = (None if ours is None else number_of(ours, headline)), number_of(row, headline)
     return "–" if not mine or theirs is None else f"{theirs / mine:.2f}"
 
 
 def table(rows: Sequence[Row], benchmark: str) -> str:
     """Return the Markdown table of a benchmark, with a line about the machine and the command under it.
 
+    `latency` has a table for each kind of row; `bars` is the table of all bars, which no run makes.
+
     Raises:
         UsageError: There is no such benchmark.
     """
+    if benchmark == "bars":
+        return bars.markdown(bars.judge(bars.load(), rows))
     chosen = newest(rows, benchmark)
     if not chosen:
         known = sorted({str(row["benchmark"]) for row in rows})
         raise UsageError(f"no results of {benchmark}", "one of " + ", ".join(known) if known else "", "run it first")
-    metrics = [name for name in _metrics_of(benchmark, chosen) if any(_value(row, name) is not None for row in chosen)]
+    if benchmark == "latency":
+        chosen.sort(key=_latency_order)
+        return latency_tables(chosen) + "\n" + "\n".join(_footnotes(chosen, {})) + "\n"
+    metrics = [
+        name for name in _metrics_of(benchmark, chosen) if any(number_of(row, name) is not None for row in chosen)
+    ]
     shared, differing = _settings_split(chosen)
     compared = len(chosen) > 1 and any(not str(row["contender"]).startswith(OURS) for row in chosen)
     titles = ["", *(name.replace("_", " ") for name in differing), *map(_title, metrics)]
@@ -170,9 +179,15 @@ def table(rows: Sequence[Row], benchmark: str) -> str:
     lines.append("|---" * (1 + len(differing)) + "|--:" * (len(metrics) + compared) + "|")
     for row in chosen:
         cells = [str(row["contender"]), *(_show(row["settings"].get(name, "–")) for name in differing)]
-        cells += [_number(_value(row, name)) for name in metrics]
+        cells += [_number(number_of(row, name)) for name in metrics]
         lines.append("| " + " | ".join(cells + ([_ratio(row, chosen, metrics[0])] if compared else [])) + " |")
     return "\n".join([*lines, "", *_footnotes(chosen, shared)]) + "\n"
+
+
+def _latency_order(row: Row) -> tuple[Any, ...]:
+    settings = row["settings"]
+    prompt, rows = settings.get("prompt", 0), settings.get("rows", 0)
+    return settings["model"], settings["source"], settings["layers"], rows > 1, prompt, rows
 
 
 def _metrics_of(benchmark: str, rows: Sequence[Row]) -> list[str]:
@@ -205,14 +220,20 @@ def _provenance(row: Row) -> str:
 
 
 def update(text: str, rows: Sequence[Row], source: str = "document") -> str:
-    """Return a document with every table between markers made anew.
+    """Return a document with every table between markers made anew; `latency` may have no rows yet.
 
     Raises:
         UsageError: A marker names a benchmark without results, or is not closed.
     """
     if len(_OPENING.findall(text)) != len(_BLOCK.findall(text)):
         raise UsageError(f"{source}: a results marker is not closed", "<!-- /results --> on a line of its own after it")
-    return _BLOCK.sub(lambda match: f"{match[1]}{table(rows, match[2])}{match[4]}", text)
+
+    def made(benchmark: str) -> str:
+        if benchmark in _MAY_BE_EMPTY and not newest(rows, benchmark):
+            return "No rows yet.\n"
+        return table(rows, benchmark)
+
+    return _BLOCK.sub(lambda match: f"{match[1]}{made(match[2])}{match[4]}", text)
 
 
 def draw(rows: Sequence[Row], benchmark: str, file: Path) -> None:
@@ -222,25 +243,21 @@ def draw(rows: Sequence[Row], benchmark: str, file: Path) -> None:
         UsageError: There is no such benchmark.
         MissingDependencyError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        fix = 'pip install "qwen-rt[bench]"'
-        raise MissingDependencyError("matplotlib is not installed", fix=fix) from None
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     table(rows, benchmark)
     chosen = newest(rows, benchmark)
+    if benchmark == "latency":
+        draw_latency(chosen, file)
+        return
     headline = _metrics_of(benchmark, chosen)[0]
     _, differing = _settings_split(chosen)
     labels = [", ".join([str(row["contender"]), *_label(row, differing)]) for row in chosen]
-    values = [_value(row, headline) or 0.0 for row in chosen]
+    values = [number_of(row, headline) or 0.0 for row in chosen]
     spreads = [_spread(row, headline) for row in chosen]
     colors = ["#1f6f8b" if str(row["contender"]).startswith(OURS) else "#b9c4c9" for row in chosen]
     figure, axes = pyplot.subplots(figsize=(8, 0.45 * len(chosen) + 1.2), layout="constrained")
-    bars = axes.barh(labels, values, color=colors, xerr=list(zip(*spreads, strict=True)), ecolor="#5a6468")
-    axes.bar_label(bars, [f" {_number(value)}" for value in values], padding=4)
+    drawn = axes.barh(labels, values, color=colors, xerr=list(zip(*spreads, strict=True)), ecolor="#5a6468")
+    axes.bar_label(drawn, [f" {_number(value)}" for value in values], padding=4)
     axes.invert_yaxis()
     axes.set_xlabel(f"{_title(headline)}, median with p10 to p90")
     axes.margins(x=0.15)

@@ -49,7 +49,7 @@ MANIFEST_FILE = "manifest.json"
 GRAPH_FILE = "graph/rank0.onnx"
 WEIGHTS_FOLDER = "graph"
 
-TARGETS = ("cpu", "portable")
+TARGETS = ("cpu", "cuda", "portable")
 PRECISIONS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 """Dtype in which the weights are stored → its safetensors name."""
 
@@ -119,7 +119,7 @@ class Manifest:
     """Everything a runtime has to know before it opens the graph.
 
     Attributes:
-        target: `cpu`, or `portable` for a graph that is not lowered.
+        target: `cpu`, `cuda`, or `portable` for a graph that is not lowered.
         precision: `fp32`, `bf16` or `fp16`: how the weights are stored.
         compute_dtype: Dtype of the activations (`float32`, …).
         kv_dtype: Dtype of the KV cache.

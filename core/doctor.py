@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from qwen_rt import machine
 from qwen_rt._version import __version__
-from qwen_rt.machine import Cpu, Gpus, Nvcc, Started
+from qwen_rt.machine import Cpu, Gpus, Kernels, Nvcc, Started
 from qwen_rt.progress import format_count
 from qwen_rt.targets import (
     EXPORT,
@@ -34,6 +34,7 @@ from qwen_rt.targets import (
     examine,
     install_command,
     installed_version,
+    kernels_command,
 )
 
 __all__ = ["Package", "Report", "collect", "render"]
@@ -81,6 +82,7 @@ class Report:
     disk_free_bytes: int | None
     gpus: Gpus
     nvcc: Nvcc | None
+    kernels: Kernels
     packages: tuple[Package, ...]
     providers: tuple[str, ...] | None
     export: TargetStatus
@@ -170,6 +172,7 @@ def collect(path: Path | None = None) -> Report:
         gpu_probe = start(machine.gpu_probe_command())
         nvcc_path = guarded("the CUDA compiler", machine.find_nvcc, None)
         nvcc_probe = start([nvcc_path, "--version"]) if nvcc_path else None
+        kernels_probe = start(machine.kernels_probe_command())
         packages = probes.packages()
         ort_names = [name for name in _ORT_NAMES if packages[name].version]
         ort_probe = start(machine.python_command("-P", "-c", _ORT_PROBE)) if ort_names else None
@@ -182,9 +185,14 @@ def collect(path: Path | None = None) -> Report:
         providers = probes.providers(ort_probe) if ort_probe else None
         gpus = guarded("the GPUs", lambda: machine.read_gpus(gpu_probe), Gpus(reason="unknown"))
         nvcc = guarded("the CUDA compiler", lambda: machine.read_nvcc(nvcc_path, nvcc_probe), None)
+        kernels = guarded(
+            "the plugin library",
+            lambda: machine.read_kernels(kernels_probe),
+            Kernels(reason="it could not be examined"),
+        )
 
     probes.warn_of_traps(cpu, gpus, ort_names)
-    facts = Facts(gpus, providers)
+    facts = Facts(gpus, providers, kernels, nvcc)
     export, targets = probes.status(EXPORT, facts), tuple(probes.status(target, facts) for target in TARGETS)
     return Report(
         version=__version__,
@@ -196,6 +204,7 @@ def collect(path: Path | None = None) -> Report:
         disk_free_bytes=disk_free,
         gpus=gpus,
         nvcc=nvcc,
+        kernels=kernels,
         packages=tuple(packages.values()),
         providers=providers,
         export=export,
@@ -259,6 +268,19 @@ def _machine_rows(report: Report) -> Iterator[str]:
         yield from _row("nvcc", "none (needed only to compile CUDA kernels)")
     else:
         yield from _row("nvcc", f"{report.nvcc.version or 'does not run'} ({report.nvcc.path})")
+    yield from _row("kernels", _kernels_text(report.kernels))
+
+
+def _kernels_text(kernels: Kernels) -> str:
+    """Say which plugin library there is, and how to get one of the present sources."""
+    if kernels.reason is not None:
+        return f"unknown: {kernels.reason}"
+    command = kernels_command(kernels)
+    if kernels.path is None:
+        return f"none: the plugin library is not built; for target cuda run: {command}"
+    sms = ", ".join(str(sm) for sm in kernels.sms) or "no GPU that it tells of"
+    stale = "" if kernels.is_current else f", STALE: of other sources than the present ones; run: {command}"
+    return f"for SM {sms}{f', nvcc {kernels.nvcc}' if kernels.nvcc else ''}{stale} ({kernels.path})"
 
 
 def _package_rows(report: Report) -> Iterator[str]:

@@ -12,6 +12,7 @@ from typing import Any
 from qwen_rt.bundle import MANIFEST_FILE, Bundle
 from qwen_rt.checkpoint import NANO, Checkpoint
 from qwen_rt.errors import BundleError, one_line
+from qwen_rt.ops import BLOCK_SIZE
 from qwen_rt.progress import format_count
 from qwen_rt.spec import ModelSpec
 
@@ -19,6 +20,7 @@ __all__ = ["Inspection", "LayerRow", "inspect"]
 
 _LAYER = re.compile(r"layers\.(\d+)[./]")
 _ST_NAMES = {1: "F32", 10: "F16", 16: "BF16", 7: "I64", 6: "I32", 2: "U8", 3: "I8"}
+_TARGET_NOTES = {"cuda": "cuda (NVIDIA GPU of compute capability 8.0 or newer)"}
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "I8": 1}
 
 
@@ -145,12 +147,13 @@ def _inspect_bundle(bundle: Bundle) -> Inspection:
     kv_bytes = spec.kv_bytes_per_token(manifest.kv_dtype)
     link = manifest.checkpoint
     facts = _model_facts(spec) | {
-        "target": f"{manifest.target}, tensor parallel {manifest.tensor_parallel}",
+        "target": f"{_TARGET_NOTES.get(manifest.target, manifest.target)}, tensor parallel {manifest.tensor_parallel}",
         "weights": f"{manifest.precision}, {format_count(sum(row.nbytes for row in rows), 'B')}"
         + (f", in {link.path}" if link.shards else ", in this folder"),
         "computes in": manifest.compute_dtype,
         "KV cache": f"{manifest.kv_dtype}, {format_count(kv_bytes, 'B')} a token, "
-        f"{format_count(kv_bytes * manifest.max_length, 'B')} for {manifest.max_length} tokens",
+        f"{format_count(kv_bytes * manifest.max_length, 'B')} for {manifest.max_length} tokens"
+        + (f", in blocks of {BLOCK_SIZE}" if manifest.target == "cuda" else ""),
         "built by": ", ".join(f"{name} {version}" for name, version in sorted(manifest.tools.items())),
     }
     files = {name: entry.nbytes for name, entry in manifest.files.items()}

@@ -12,21 +12,24 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 __all__ = [
     "Cpu",
     "Gpu",
     "Gpus",
+    "Kernels",
     "Nvcc",
     "Started",
     "find_nvcc",
     "gpu_probe_command",
+    "kernels_probe_command",
     "last_json_line",
     "python_command",
     "read_cpu",
     "read_gpus",
+    "read_kernels",
     "read_nvcc",
 ]
 
@@ -98,6 +101,49 @@ class Nvcc:
 
     path: str
     version: str | None
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The plugin library: our CUDA kernels.
+
+    Attributes:
+        path: The newest library, of the present sources if there is one; None if none is built.
+        sms: What it has code for, 90 for compute capability 9.0; with it all others of the present sources.
+        is_current: Whether it is built from the sources of this installation.
+        nvcc: The compiler that built it, empty if it does not tell.
+        known_sms: What the sources can be built for; empty if that could not be found out.
+        in_checkout: Whether `make plugins` is there to build it.
+        reason: Why nothing is known, if that is so.
+    """
+
+    path: str | None = None
+    sms: tuple[int, ...] = ()
+    is_current: bool = False
+    nvcc: str = ""
+    known_sms: tuple[int, ...] = ()
+    in_checkout: bool = False
+    reason: str | None = None
+
+
+# In a process of its own: nothing below the command line may import the plugins. The library is read, not loaded.
+_KERNELS_PROBE = """
+import json
+from qwen_rt.plugins import build
+built = [(path, build.library_info(path)) for path in build.built_libraries()]
+key = build.source_hash(), str(build.ABI)
+current = [(path, info) for path, info in built if (info.get("sources"), info.get("abi")) == key]
+newest = (current or built or [(None, {})])[0]
+sms = {int(sm) for _, info in current or [newest] for sm in info.get("sms", "").split(",") if sm}
+print(json.dumps({
+    "path": str(newest[0]) if newest[0] else None,
+    "sms": sorted(sms),
+    "is_current": bool(current),
+    "nvcc": newest[1].get("nvcc", ""),
+    "known_sms": list(build.SUPPORTED_SMS),
+    "in_checkout": (build.SOURCES.parent.parent / "Makefile").is_file(),
+}))
+"""
 
 
 def _read(path: str) -> str:
@@ -267,3 +313,21 @@ def read_nvcc(path: str | None, probe: Started | None, timeout_s: float = 3.0) -
     output, _ = probe.finish(timeout_s)
     version = re.search(r"\bV(\d[\d.]*)", output)
     return Nvcc(path, version[1] if version else None)
+
+
+def kernels_probe_command() -> list[str]:
+    """Return the command that looks for the plugin library, in a process of its own."""
+    return python_command("-P", "-c", _KERNELS_PROBE)
+
+
+def read_kernels(probe: Started, timeout_s: float = 10.0) -> Kernels:
+    """Return what the started `kernels_probe_command` found out, or the reason why nothing is known."""
+    output, trouble = probe.finish(timeout_s)
+    found = last_json_line(output)
+    if trouble or not isinstance(found, dict):
+        return Kernels(reason=f"looking for the plugin library failed: {trouble or 'no answer'}")
+    try:
+        kernels = Kernels(**found)
+        return replace(kernels, sms=tuple(map(int, kernels.sms)), known_sms=tuple(map(int, kernels.known_sms)))
+    except (TypeError, ValueError):
+        return Kernels(reason="looking for the plugin library failed: unreadable answer")

@@ -20,9 +20,12 @@ A row is a token. The tokens of all sequences of a call lie behind each other, t
 sequence b has the rows `query_starts[b]` to `query_starts[b + 1] - 1`. With `rows == sequences` (a decode step) every
 sequence has exactly one, and neither `query_starts` nor `indices` is read; with more rows it is a prefill.
 
-An op with a workspace gets device memory behind its tensors: `COUNTER_BYTES` that are zero before the first use and that
-every op leaves zero, then scratch. All ops of a graph that run one after another share one. In a graph it is the node's last
-input, `workspace: uint8[W]`.
+`sample` is greedy with `logits` alone. `penalties` are repetition, frequency and presence. A row that no token can be
+chosen from (NaN, +inf, or nothing above -inf) gets -2 in `history`.
+
+An op with a workspace gets device memory behind its tensors: `COUNTER_BYTES` that are zero before the first use and
+that every op leaves zero, then scratch. All ops of a graph that run one after another share one. In a graph it is the
+node's last input, `workspace: uint8[W]`.
 """
 
 from __future__ import annotations

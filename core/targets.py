@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qwen_rt._version import __version__
-from qwen_rt.machine import Gpus
+from qwen_rt.machine import Gpu, Gpus, Kernels, Nvcc
 
 __all__ = [
     "EXPORT",
@@ -26,9 +26,16 @@ __all__ = [
     "examine",
     "install_command",
     "installed_version",
+    "kernels_command",
 ]
 
+_OLDEST_DRIVER = "580"
+"""The first driver for CUDA 13, which onnxruntime-gpu from 1.31 on and the plugin library are built with."""
+
 _RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.")
+
+
+_UNKNOWN_KERNELS = Kernels()
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,8 @@ class Facts:
 
     gpus: Gpus
     providers: tuple[str, ...] | None
+    kernels: Kernels = _UNKNOWN_KERNELS
+    nvcc: Nvcc | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,8 @@ def _unmet(requirements: Iterable[str], stand_ins: dict[str, str]) -> list[Lack]
     """Return a lack for every `name>=version` that is absent or too old; a stand-in package serves as well."""
     lacks = []
     for requirement in requirements:
-        name, _, minimum = requirement.partition(">=")
+        named, _, minimum = requirement.partition(">=")
+        name = named.partition("[")[0]
         version = installed_version(name) or (installed_version(stand_ins[name]) if name in stand_ins else None)
         command = f"pip install {shlex.quote(requirement)}"
         if version is None:
@@ -135,11 +145,59 @@ def _gpu_lacks(facts: Facts, minimum: str) -> list[Lack]:
     return []
 
 
-def _probe_cuda(facts: Facts) -> list[Lack]:
-    lacks = _gpu_lacks(facts, "8.0") + _unmet(_requirements("cuda") or ["onnxruntime-gpu"], {})
-    if not lacks and "CUDAExecutionProvider" not in (facts.providers or ()):
-        lacks.append(Lack("ONNX Runtime's CUDA provider", "pip install --force-reinstall --no-deps onnxruntime-gpu"))
+def _driver_lacks(facts: Facts) -> list[Lack]:
+    driver = facts.gpus.driver
+    if driver is None or not facts.gpus.gpus or _numbers(driver) >= _numbers(_OLDEST_DRIVER):
+        return []
+    return [Lack(f"an NVIDIA driver for CUDA 13 (this is {driver}; install {_OLDEST_DRIVER} or newer)")]
+
+
+def _sm_of(gpu: Gpu) -> int:
+    """Return the number of a GPU's compute capability as nvcc has it: 90 for 9.0."""
+    major, minor = (*_numbers(gpu.compute_capability), 0, 0)[:2]
+    return 10 * major + minor
+
+
+def kernels_command(kernels: Kernels, sm: int | None = None) -> str:
+    """Return the command that builds the plugin library; None: for the default SM."""
+    if sm in (None, 90) and kernels.in_checkout:
+        return "make plugins"
+    return "python -m qwen_rt.plugins.build" + ("" if sm is None else f" --sm {sm}")
+
+
+def _kernels_lacks(facts: Facts) -> list[Lack]:
+    """Return what is missing of the plugin library, for the first GPU that kernels are written for."""
+    kernels = facts.kernels
+    if kernels.reason is not None:
+        return [Lack(f"the plugin library ({kernels.reason})")]
+    sms = [sm for gpu in facts.gpus.gpus if (sm := _sm_of(gpu)) >= 80]
+    if kernels.path and kernels.is_current and set(sms) & set(kernels.sms):
+        return []
+    wanted = next((sm for sm in sms if sm in kernels.known_sms), None)
+    if sms and kernels.known_sms and wanted is None:
+        known = ", ".join(map(str, kernels.known_sms))
+        return [Lack(f"a GPU that kernels are written for (SM {known}; this is {sms[0]})")]
+    if kernels.path is None:
+        what = "the plugin library"
+    elif not kernels.is_current:
+        what = "a plugin library of the present sources"
+    else:
+        what = f"a plugin library for SM {wanted} (there is one for {', '.join(map(str, kernels.sms))})"
+    lacks = [Lack(what, kernels_command(kernels, wanted))]
+    if facts.nvcc is None:
+        compiler = "pip install nvidia-cuda-nvcc nvidia-cuda-runtime"
+        lacks.insert(0, Lack("nvcc 12.8 or newer, to build it with", compiler))
     return lacks
+
+
+def _probe_cuda(facts: Facts) -> list[Lack]:
+    unmet = _unmet(_requirements("cuda") or ["onnxruntime-gpu"], {})
+    if lacks := _gpu_lacks(facts, "8.0"):
+        return lacks + unmet
+    lacks = _driver_lacks(facts)
+    if not lacks and not unmet and "CUDAExecutionProvider" not in (facts.providers or ()):
+        unmet = [Lack("ONNX Runtime's CUDA provider", "pip install --force-reinstall --no-deps onnxruntime-gpu")]
+    return lacks + unmet + _kernels_lacks(facts)
 
 
 def _probe_tensorrt(facts: Facts) -> list[Lack]:

@@ -7,6 +7,7 @@ Modules, in the order in which data passes through them:
     stamp      that layer repeated, each copy with its own weights and cache
     portable   initializers as references into the checkpoint's own shards
     passes     graph → graph lowerings, one file each
+    lower      the graph of a target, as an object or as bytes
     weights    initializers that have to change, written once
     build      the bundle: staged, hashed, resumable, renamed when whole
 """

@@ -13,8 +13,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
 from qwen_rt._version import __version__
 from qwen_rt.bundle import (
     GRAPH_FILE,
@@ -32,7 +30,8 @@ from qwen_rt.bundle import (
 from qwen_rt.checkpoint import Checkpoint
 from qwen_rt.disk import device_error
 from qwen_rt.errors import StorageError, UsageError
-from qwen_rt.export.passes.lower_cpu import lower_cpu
+from qwen_rt.export.lower import COMPUTE_DTYPES, graph_bytes, lowered_graph
+from qwen_rt.export.passes.lower_cuda import check_cuda_shapes
 from qwen_rt.export.portable import WeightLocation, checkpoint_locations, portable_graph
 from qwen_rt.export.source import Source, open_source
 from qwen_rt.export.weights import PlannedFile, copy_file, is_whole, plan_weight_files, write_weight_file
@@ -52,10 +51,11 @@ class BuildOptions:
     """What to build.
 
     Attributes:
-        target: `cpu`, or `portable` for the graph before lowering.
-        precision: How weights are stored: `fp32`, `bf16`, `fp16`, or `auto` for the checkpoint's own dtype.
+        target: `cpu`, `cuda`, or `portable` for the graph before lowering.
+        precision: How weights are stored: `fp32`, `bf16`, `fp16`, or `auto` for the checkpoint's own dtype. Target
+            `cuda` takes bf16 only, which is its `auto`.
         dtype: Compute dtype of a portable graph: `float32`, `bfloat16`, `float16`, or `auto` for the checkpoint's.
-            The CPU target computes in float32.
+            The CPU target computes in float32, target `cuda` in bfloat16.
         max_length: Positions that the bundle can reach; None for the model's context length.
         self_contained: Copy the weights into the folder instead of referring to the checkpoint.
         overwrite: Replace an existing bundle.
@@ -140,11 +140,20 @@ def _settle(checkpoint: Checkpoint, options: BuildOptions) -> _Settings:
         raise UsageError(f"target={options.target}", "one of " + ", ".join(TARGETS))
     stored = {checkpoint.tensors[name].dtype for name in spec.parameters()}
     precision = options.precision
+    if options.target == "cuda":
+        check_cuda_shapes(spec)
+        if precision not in ("auto", "bf16"):
+            raise UsageError(
+                f"precision={precision} for target cuda",
+                "bf16, in which its kernels compute",
+                "leave out --precision, or build with --target cpu",
+            )
+        precision = "bf16"
     if precision == "auto":
         precision = _PRECISION_OF[stored.pop()] if len(stored) == 1 else "fp32"
     if precision not in PRECISIONS:
         raise UsageError(f"precision={precision}", "one of auto, " + ", ".join(PRECISIONS))
-    dtype = "float32" if options.target == "cpu" else options.dtype
+    dtype = COMPUTE_DTYPES.get(options.target, options.dtype)
     if dtype == "auto":
         dtype = spec.dtype
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -217,10 +226,12 @@ class _Job:
         settings, spec = self.settings, self.checkpoint.spec
 
         def write(path: Path) -> FileEntry:
-            model = portable_graph(self.checkpoint, settings.dtype, locations, self.source.load_graph())
-            if settings.target == "cpu":
-                lower_cpu(model, spec, settings.max_length)
-            data = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
+            exported = self.source.load_graph()
+            if settings.target == "portable":
+                model = portable_graph(self.checkpoint, settings.dtype, locations, exported)
+            else:
+                model = lowered_graph(self.checkpoint, settings.target, settings.max_length, locations, exported)
+            data = graph_bytes(model)
             atomic_write_bytes(path, data)
             return FileEntry(len(data), file_sha256(path))
 

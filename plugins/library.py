@@ -1,4 +1,4 @@
-"""Loads libqwen_rt_plugins.so and calls its ops on raw device pointers, after checking that it is of these sources."""
+"""Finds and loads libqwen_rt_plugins.so, made of these sources, and calls its ops on raw device pointers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qwen_rt.errors import MissingDependencyError, QwenRtError, UnsupportedModelError, UsageError
 from qwen_rt.ops import OPS, find_op
-from qwen_rt.plugins.build import ABI, DEFAULT_SMS, library_path, source_hash
+from qwen_rt.plugins.build import ABI, built_libraries, find_library, library_info, source_hash
 
 __all__ = ["NO_DEPENDENT_LAUNCH", "PluginLibrary", "load"]
 
@@ -16,7 +16,8 @@ NO_DEPENDENT_LAUNCH = 1
 """Flag: start only when all work before on the stream is complete."""
 
 _MESSAGE_BYTES = 512
-_REBUILD = "run `make plugins`"
+_BUILD = "python -m qwen_rt.plugins.build"
+_REBUILD = f"run `{_BUILD}`"
 _UNSUPPORTED = 2
 
 
@@ -44,7 +45,7 @@ class PluginLibrary:
     """The loaded library.
 
     Args:
-        path: The shared object.
+        path: The shared object; kept as `path`.
         check_sources: Whether it must be built from the sources beside this module.
 
     Raises:
@@ -52,6 +53,7 @@ class PluginLibrary:
     """
 
     def __init__(self, path: Path, *, check_sources: bool = True) -> None:
+        self.path = path
         if not path.is_file():
             raise MissingDependencyError(f"the plugin library {path.name} is not built", "", _REBUILD)
         try:
@@ -158,10 +160,31 @@ class PluginLibrary:
             raise QwenRtError(f"read_probe: status {status}")
 
 
-def load(sms: Sequence[int] = DEFAULT_SMS) -> PluginLibrary:
-    """Load the library that `qwen_rt.plugins.build` made of the present sources.
+def load(sm: int | None = None) -> PluginLibrary:
+    """Load the newest library of the present sources.
+
+    Args:
+        sm: Compute capability of the GPU that it must have code for, 90 for 9.0; None for any.
 
     Raises:
-        MissingDependencyError: It is not built.
+        MissingDependencyError: None is built, or only of other sources or for other GPUs; the message has the command.
     """
-    return PluginLibrary(library_path(sms))
+    path = find_library(None if sm is None else (sm,))
+    if path is not None:
+        return PluginLibrary(path)
+    fix = _REBUILD if sm is None else f"run `{_BUILD} --sm {sm}`"
+    other = find_library()
+    if other is not None and sm is not None:
+        have = ", ".join(_capability(int(one)) for one in library_info(other).get("sms", "").split(",") if one)
+        raise MissingDependencyError(
+            f"the plugin library has code for SM {have}, this GPU is SM {_capability(sm)}", fix=fix
+        )
+    if built_libraries():
+        raise MissingDependencyError(
+            "the plugin library is of other sources than these", "one of the present sources", fix
+        )
+    raise MissingDependencyError("the plugin library is not built", fix=fix)
+
+
+def _capability(sm: int) -> str:
+    return f"{sm // 10}.{sm % 10}"

@@ -10,7 +10,7 @@ Source of all formulas: Hugging Face transformers 5.23.0, `models/qwen2/modeling
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -183,7 +183,14 @@ def write_cache(cache: ArrayLike, new: ArrayLike, write_indices: ArrayLike) -> F
     return written
 
 
-def attention(query: ArrayLike, keys: ArrayLike, values: ArrayLike, write_indices: ArrayLike, scale: float) -> F64:
+def attention(
+    query: ArrayLike,
+    keys: ArrayLike,
+    values: ArrayLike,
+    write_indices: ArrayLike,
+    scale: float,
+    rounding: Callable[[F64], F64] | None = None,
+) -> F64:
     """Attend causally over a cache: token s of row b sees cache rows 0 to `write_indices[b] + s`, and no other.
 
         y[b, h, s] = softmax_t(scale · q[b, h, s] · k[b, g, t]) · v[b, g, t]        g = h // (H / Hkv)
@@ -196,6 +203,8 @@ def attention(query: ArrayLike, keys: ArrayLike, values: ArrayLike, write_indice
         values: [B, Hkv, Tmax, D].
         write_indices: int[B], position of each row's first token.
         scale: D**-0.5.
+        rounding: Applied to `exp(score - largest score)` before the product with the values, as a kernel rounds what
+            its matrix unit takes; their sum, by which the product is divided, is not rounded.
 
     Returns:
         f64[B, H, S, D].
@@ -212,7 +221,8 @@ def attention(query: ArrayLike, keys: ArrayLike, values: ArrayLike, write_indice
             for head in range(heads):
                 scores = scale * (k[row, head // group, :visible] @ q[row, head, token])  # [T]
                 weights = np.exp(scores - scores.max())
-                out[row, head, token] = weights / weights.sum() @ v[row, head // group, :visible]
+                taken = weights if rounding is None else rounding(weights)
+                out[row, head, token] = taken @ v[row, head // group, :visible] / weights.sum()
     return out
 
 

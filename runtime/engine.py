@@ -60,6 +60,11 @@ class Engine:
     def __init__(self, session: CpuSession, num_tokens: int, max_num_seqs: int) -> None:
         self.session, self.num_tokens, self.max_num_seqs = session, num_tokens, max_num_seqs
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that prompt and output of one request can have together."""
+        return self.session.max_length
+
     def run(self, requests: Sequence[Request]) -> Iterator[StreamChunk]:
         """Run requests to their end; yields a chunk for every token of every request, as it is chosen.
 

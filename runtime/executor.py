@@ -1,7 +1,7 @@
 """What the paged engine needs of a device: prefill a chunk, run a decode step, hand tokens back late.
 
-`CudaSession` is the real one. The engine owns the plan (which request has which row and which cache blocks); an executor
-owns buffers and does what it is told. Calls come from one thread.
+`CudaSession` is the real one. The engine owns the plan (which request has which row and which cache blocks); an
+executor owns buffers and does what it is told. Calls come from one thread.
 
 Rows are numbered 0 … A - 1 without gaps. While their set stays the same, the executor feeds every step's tokens to the
 next on its own: the engine launches a step before it has read the one before. To change the set the engine first waits
@@ -98,7 +98,7 @@ class PagedExecutor(Protocol):
         ...
 
     def wait_step(self, number: int) -> SampleResult:
-        """Wait for a launched step, in order, and return the token of every row, and log probabilities where asked for."""
+        """Wait for a launched step, in order; return the token of every row, and log probabilities where asked for."""
         ...
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The Python API: load a bundle, generate, stream, chat."""
+"""The Python API: load a bundle, generate, stream, chat, on the CPU or on a GPU as the bundle was built for."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from qwen_rt.bundle import Bundle, Check
 from qwen_rt.errors import BundleError, CapacityError, UsageError
 from qwen_rt.runtime.chat_template import ChatTemplate
 from qwen_rt.runtime.engine import Engine
 from qwen_rt.runtime.outputs import RequestOutput, StreamChunk
+from qwen_rt.runtime.paged_engine import PagedEngine
 from qwen_rt.runtime.request import Request
 from qwen_rt.runtime.sampling_params import SamplingParams, resolve_stop_tokens
 from qwen_rt.runtime.session import CpuSession
 from qwen_rt.runtime.tokenizer import Tokenizer
+from qwen_rt.sizes import parse_size
 
 __all__ = ["LLM"]
 
@@ -25,28 +28,35 @@ Message = Mapping[str, Any]
 
 
 class LLM:
-    """A loaded bundle.
+    """A loaded bundle; where it runs is the bundle's target.
 
         llm = LLM("nano-cpu")
         print(llm.chat([{"role": "user", "content": "What is 17 + 25?"}]).text)
 
+    A bundle of target `cuda` holds GPU memory until it is closed: use it as a context manager, or call `close`.
+
     Args:
         bundle: Folder that `qwen-rt build` wrote.
-        num_threads: Threads for one operator; 0 takes every core.
-        max_num_seqs: Most requests that run at once; more wait for a free row.
+        num_threads: Target cpu: threads for one operator; 0 takes every core.
+        max_num_seqs: Most requests that run at once; more wait for a free row. Target cuda: 64 at most run at once.
+        device: Target cuda: number of the GPU.
+        kv_memory: Target cuda: memory of the KV cache, in bytes or as a text such as `8GiB`; None: what the GPU has
+            left when the weights are loaded.
         check: How much of the bundle to hash before it is loaded, see `Bundle.open`.
         checkpoint: Folder to take referenced shards from, if they have moved since the build.
+        quiet: Report no progress of the loading on stderr.
 
     Attributes:
+        bundle: The opened bundle.
         tokenizer: The bundle's tokenizer.
         spec: The model's hyperparameters.
         max_length: Tokens that prompt and output can have together.
         generation_config: Defaults of sampling, from `generation_config.json`.
-        session: The graph, for those who want logits rather than text.
 
     Raises:
         BundleError: It is no bundle, is incomplete, or was changed after the build.
         TextError: Its tokenizer cannot be read.
+        UsageError: An argument that cannot be used, or that means nothing to the bundle's target.
     """
 
     def __init__(
@@ -55,22 +65,66 @@ class LLM:
         *,
         num_threads: int = 0,
         max_num_seqs: int = 32,
+        device: int = 0,
+        kv_memory: int | str | None = None,
         check: Check = "auto",
         checkpoint: str | Path | None = None,
+        quiet: bool = True,
     ) -> None:
-        if isinstance(max_num_seqs, bool) or not isinstance(max_num_seqs, int) or max_num_seqs < 1:
-            raise UsageError(f"max_num_seqs={max_num_seqs}", "an integer of at least 1")
-        if isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 0:
-            raise UsageError(f"num_threads={num_threads}", "an integer of at least 0")
+        for name, value, least in (
+            ("max_num_seqs", max_num_seqs, 1),
+            ("num_threads", num_threads, 0),
+            ("device", device, 0),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UsageError(f"{name}={value}", f"an integer of at least {least}")
+        kv_bytes = None if kv_memory is None else parse_size(kv_memory, "kv_memory")
         opened = Bundle.open(bundle, check, checkpoint)
         self.bundle = opened
+        target = opened.manifest.target
         self.spec, self.max_length = opened.manifest.model, opened.manifest.max_length
+        if target == "cuda":
+            _refuse("num_threads", num_threads, 0, target, "cpu")
+        else:
+            _refuse("device", device, 0, target, "cuda")
+            _refuse("kv_memory", kv_memory, None, target, "cuda")
         self.tokenizer = Tokenizer.from_folder(opened.path)
         self.generation_config = _read_generation_config(opened.path)
-        self.session = CpuSession(opened, num_threads)
-        num_tokens = min(self.tokenizer.vocab_size, self.spec.vocab_size)
-        self._engine = Engine(self.session, num_tokens, max_num_seqs)
         self._template: ChatTemplate | None = None
+        num_tokens = min(self.tokenizer.vocab_size, self.spec.vocab_size)
+        self._engine: Engine | PagedEngine | None
+        if target == "cuda":
+            self._engine = _load_cuda(opened, device, kv_bytes, max_num_seqs, num_tokens, quiet)
+        else:
+            self._engine = Engine(CpuSession(opened, num_threads), num_tokens, max_num_seqs)
+
+    @property
+    def session(self) -> Any:
+        """The loaded graph, of the bundle's target: a `CpuSession`, which gives logits too, or a `CudaSession`."""
+        engine = self._running()
+        return engine.executor if isinstance(engine, PagedEngine) else engine.session
+
+    def close(self) -> None:
+        """Give the model's memory back and generate nothing more. Closing twice does nothing."""
+        engine, self._engine = self._engine, None
+        if isinstance(engine, PagedEngine):
+            try:
+                engine.close()
+            finally:
+                engine.executor.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _running(self) -> Engine | PagedEngine:
+        if self._engine is None:
+            raise UsageError(f"{self.bundle.path} is closed", "an open one", "load it again")
+        return self._engine
 
     def generate(
         self,
@@ -89,11 +143,12 @@ class LLM:
             One output for each prompt, in order.
 
         Raises:
-            CapacityError: A prompt is as long as the bundle's `max_length`, or longer.
-            UsageError: A setting cannot be used.
+            CapacityError: A prompt is as long as the bundle's `max_length`, or longer; or, with target cuda, it and
+                its `max_tokens` are more than the KV cache holds.
+            UsageError: A setting cannot be used, or the model is closed.
         """
         requests = self._requests(self._as_prompts(prompts), params, overrides)
-        for _ in self._engine.run(requests):
+        for _ in self._running().run(requests):
             pass
         return [request.output() for request in requests]
 
@@ -113,7 +168,7 @@ class LLM:
             prompts = [self.encode_chat(prompt)]  # type: ignore[arg-type]
         if len(prompts) != 1:
             raise UsageError(f"{len(prompts)} prompts", "one prompt to stream", "use generate for several")
-        return self._engine.run(self._requests(prompts, params, overrides))
+        return self._running().run(self._requests(prompts, params, overrides))
 
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, **overrides: Any
@@ -164,6 +219,7 @@ class LLM:
             raise UsageError(f"{len(many)} sampling params for {len(prompts)} prompts", "one, or one for each prompt")
         if "stop_token_ids" in overrides:
             overrides = overrides | {"stop_token_ids": resolve_stop_tokens(self.tokenizer, overrides["stop_token_ids"])}
+        capacity = self._running().capacity
         requests = []
         for index, (prompt_ids, given) in enumerate(zip(prompts, many, strict=True)):
             room = self._room(prompt_ids)
@@ -177,6 +233,9 @@ class LLM:
                 settings = given
             resolve_stop_tokens(self.tokenizer, settings.stop_token_ids)
             max_tokens = room if settings.max_tokens is None else min(settings.max_tokens, room)
+            asked = overrides.get("max_tokens") if given is None else given.max_tokens
+            if asked is None:  # the caller wants as many as fit, and the cache may hold fewer than the context
+                max_tokens = max(1, min(max_tokens, capacity - len(prompt_ids)))
             requests.append(Request(index, prompt_ids, settings, max_tokens, self.tokenizer))
         return requests
 
@@ -198,6 +257,33 @@ class LLM:
 
     def _eos_token_ids(self) -> tuple[int, ...]:
         return SamplingParams.from_generation_config(self.generation_config).eos_token_ids
+
+
+def _refuse(name: str, value: object, unset: object, target: str, wanted: str) -> None:
+    """Refuse an option that was given and means nothing to the bundle's target."""
+    if value != unset:
+        raise UsageError(f"{name}={value} with a bundle of target {target}", f"one of target {wanted}", "leave it out")
+
+
+def _load_cuda(
+    bundle: Bundle, device: int, kv_memory: int | None, max_num_seqs: int, num_tokens: int, quiet: bool
+) -> PagedEngine:
+    from qwen_rt.ops import MAX_ROWS
+    from qwen_rt.runtime.cuda.session import CudaSession  # who runs on the CPU never loads it
+
+    session = CudaSession(
+        bundle,
+        device=device,
+        kv_memory=kv_memory,
+        max_rows=min(max_num_seqs, MAX_ROWS),
+        num_tokens=num_tokens,
+        quiet=quiet,
+    )
+    try:
+        return PagedEngine(session, num_tokens, max_num_seqs, check=session.check_params)
+    except BaseException:
+        session.close()
+        raise
 
 
 def _is_messages(prompt: object) -> bool:

@@ -37,7 +37,7 @@ class CpuSession:
             raise BundleError(
                 f"{bundle.path} has target {manifest.target}",
                 "a bundle of target cpu",
-                f"build one: qwen-rt build {bundle.path} -o BUNDLE",
+                f"build one: qwen-rt build {manifest.checkpoint.path} -o BUNDLE",
             )
         self.spec = manifest.model
         self.max_length = manifest.max_length

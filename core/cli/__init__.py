@@ -21,7 +21,7 @@ from qwen_rt.errors import MissingDependencyError, QwenRtError, StorageError, Us
 
 __all__ = ["main"]
 
-COMMANDS = ("demo", "doctor", "export", "build", "generate", "chat", "verify", "inspect")
+COMMANDS = ("demo", "doctor", "export", "build", "generate", "chat", "verify", "inspect", "bench")
 
 _EXTRAS = {
     "torch": "export",

@@ -15,6 +15,7 @@ HELP = "checkpoint or portable graph → bundle"
 EPILOG = """\
 example:
   qwen-rt build nano -o nano-cpu
+  qwen-rt build nano -o nano-gpu --target cuda
   qwen-rt build Qwen2-Math-1.5B-Instruct -o math-1.5b --precision fp32 --max-length 2048
 """
 
@@ -23,14 +24,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `qwen-rt build`."""
     add_build_arguments(parser)
     parser.add_argument(
-        "--target", default="cpu", choices=["cpu"], help="what runs the bundle: cpu is ONNX Runtime (default: cpu)"
+        "--target",
+        default="cpu",
+        choices=["cpu", "cuda"],
+        help="what runs the bundle: cpu is ONNX Runtime; cuda is ONNX Runtime with this package's kernels, on an "
+        "NVIDIA GPU of compute capability 8.0 or newer (default: cpu)",
     )
     parser.add_argument(
         "--precision",
         default="auto",
         choices=["auto", "fp32", "bf16", "fp16"],
-        help="how weights are stored; the cpu target computes in float32 from any of them "
-        "(default: auto, as the checkpoint stores them, so that none is copied)",
+        help="how weights are stored; the cpu target computes in float32 from any of them, the cuda target takes bf16 "
+        "only (default: auto, as the checkpoint stores them, so that none is copied; for cuda bf16)",
     )
 
 

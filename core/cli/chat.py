@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
+from qwen_rt.cli.device_args import add_device_arguments, loading_options
 from qwen_rt.cli.generate import BOXED
 from qwen_rt.cli.sampling_args import add_sampling_arguments, sampling_overrides
 from qwen_rt.errors import CapacityError, TextError, UsageError, one_line
@@ -26,6 +27,7 @@ HELP = "talk to a bundle"
 EPILOG = """\
 example:
   qwen-rt chat nano-cpu --boxed
+  qwen-rt chat math-7b-cuda --device 1 --kv-memory 4GiB
 """
 
 
@@ -35,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="system message (default: the template's own)")
     parser.add_argument("--boxed", action="store_true", help="ask for reasoning and a boxed answer, as Qwen2-Math does")
     add_sampling_arguments(parser)
+    add_device_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,20 +45,33 @@ def run(args: argparse.Namespace) -> int:
     from qwen_rt.runtime.llm import LLM
     from qwen_rt.runtime.sampling_params import SamplingParams, resolve_stop_tokens
 
-    llm = LLM(args.bundle, num_threads=args.threads, max_num_seqs=1, checkpoint=args.checkpoint)
-    overrides = sampling_overrides(args)
-    if "stop_token_ids" in overrides:
-        overrides["stop_token_ids"] = resolve_stop_tokens(llm.tokenizer, overrides["stop_token_ids"])
-    SamplingParams.from_generation_config(llm.generation_config, **overrides)  # refuses now what the first answer would
-    if _interactive():
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  # line editing and recall for input()
-        print("Type a message; /reset, /history, /exit. Ctrl-C stops an answer.", file=sys.stderr)
-    return converse(llm, args.system, BOXED if args.boxed else "", overrides)
+    with LLM(args.bundle, max_num_seqs=1, **loading_options(args)) as llm:
+        overrides = sampling_overrides(args)
+        if "stop_token_ids" in overrides:
+            overrides["stop_token_ids"] = resolve_stop_tokens(llm.tokenizer, overrides["stop_token_ids"])
+        # what the first answer would refuse is refused now
+        SamplingParams.from_generation_config(llm.generation_config, **overrides)
+        if _interactive():
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401  # line editing and recall for input()
+            print("Type a message; /reset, /history, /exit. Ctrl-C stops an answer.", file=sys.stderr)
+        suffix = BOXED if args.boxed else ""
+        return converse(llm, args.system, suffix, overrides, between_tokens=llm.bundle.manifest.target == "cuda")
 
 
-def converse(llm: LLM, system: str | None, suffix: str, overrides: dict[str, Any]) -> int:
-    """Read messages until end of input; returns exit code 0."""
+def converse(
+    llm: LLM, system: str | None, suffix: str, overrides: dict[str, Any], *, between_tokens: bool = False
+) -> int:
+    """Read messages until end of input; returns exit code 0.
+
+    Args:
+        llm: The model.
+        system: The system message, or None.
+        suffix: Goes behind every message.
+        overrides: Sampling options.
+        between_tokens: Let Ctrl-C stop an answer between two tokens only. A GPU answers within milliseconds, and what
+            was launched there must be noted before anything else happens.
+    """
     first = [{"role": "system", "content": system}] if system is not None else []
     messages = list(first)
     with _CtrlC(_interactive()) as ctrl_c:
@@ -71,7 +87,7 @@ def converse(llm: LLM, system: str | None, suffix: str, overrides: dict[str, Any
             elif line.startswith("/"):
                 print(f"unknown command {one_line(line)}; /reset, /history or /exit", file=sys.stderr)
             else:
-                messages = _turn(llm, messages, line + suffix, overrides, ctrl_c)
+                messages = _turn(llm, messages, line + suffix, overrides, ctrl_c, between_tokens)
     return 0
 
 
@@ -87,7 +103,7 @@ class _CtrlC:
     """
 
     def __init__(self, on_terminal: bool) -> None:
-        self._on_terminal, self._allowed = on_terminal, False
+        self._on_terminal, self._allowed, self._noting, self._noted = on_terminal, False, False, False
 
     def __enter__(self) -> Self:
         if self._on_terminal:
@@ -102,6 +118,7 @@ class _CtrlC:
         if self._allowed:
             self._allowed = False
             raise KeyboardInterrupt
+        self._noted = self._noting
 
     @contextlib.contextmanager
     def allowed(self) -> Iterator[None]:
@@ -111,6 +128,21 @@ class _CtrlC:
             yield
         finally:
             self._allowed = False
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Let it be noted, for `check` to raise; to be entered inside the `try` that catches it."""
+        self._noting, self._noted = True, False
+        try:
+            yield
+        finally:
+            self._noting = self._noted = False
+
+    def check(self) -> None:
+        """Raise `KeyboardInterrupt` if it was pressed in this `noted` block."""
+        if self._noted:
+            self._noted = False
+            raise KeyboardInterrupt
 
 
 def _read_line(ctrl_c: _CtrlC) -> str | None:
@@ -135,14 +167,20 @@ def _read_line(ctrl_c: _CtrlC) -> str | None:
 
 
 def _turn(
-    llm: LLM, messages: list[dict[str, str]], text: str, overrides: dict[str, Any], ctrl_c: _CtrlC
+    llm: LLM,
+    messages: list[dict[str, str]],
+    text: str,
+    overrides: dict[str, Any],
+    ctrl_c: _CtrlC,
+    between_tokens: bool,
 ) -> list[dict[str, str]]:
     """Answer one message; returns the conversation, as it was if there is no answer."""
     asked = [*messages, {"role": "user", "content": text}]
     pieces: list[str] = []
     try:
-        with ctrl_c.allowed():
+        with ctrl_c.noted() if between_tokens else ctrl_c.allowed():
             for chunk in llm.stream(asked, **overrides):
+                ctrl_c.check()
                 pieces.append(chunk.text)
                 print(chunk.text, end="", flush=True)
         print()

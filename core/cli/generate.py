@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_rt.cli.device_args import add_device_arguments, loading_options
 from qwen_rt.cli.sampling_args import add_sampling_arguments, sampling_overrides
 from qwen_rt.errors import UsageError
 
@@ -26,6 +27,7 @@ EPILOG = """\
 example:
   qwen-rt generate nano-cpu --boxed "What is 123 * 45?"
   qwen-rt generate nano-cpu --boxed --file questions.txt --json answers.jsonl
+  qwen-rt generate math-7b-cuda --file questions.txt --batch 64 --kv-memory 24GiB --stats
   echo "Once upon a time" | qwen-rt generate BUNDLE --raw --temperature 0.8 --seed 1
 """
 
@@ -42,8 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="system message (default: the template's own)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write one JSON object a prompt (- for stdout)")
     parser.add_argument("--stats", action="store_true", help="print tokens and timing to stderr")
-    parser.add_argument("--batch", type=int, default=32, metavar="N", help="prompts at once (default: 32)")
+    parser.add_argument(
+        "--batch", type=int, default=32, metavar="N", help="prompts at once (default: 32; target cuda: at most 64)"
+    )
     add_sampling_arguments(parser)
+    add_device_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,7 +58,11 @@ def run(args: argparse.Namespace) -> int:
     prompts = _prompts(args)
     from qwen_rt.runtime.llm import LLM
 
-    llm = LLM(args.bundle, num_threads=args.threads, max_num_seqs=args.batch, checkpoint=args.checkpoint)
+    with LLM(args.bundle, max_num_seqs=args.batch, **loading_options(args)) as llm:
+        return _answer(llm, prompts, args)
+
+
+def _answer(llm: LLM, prompts: list[str], args: argparse.Namespace) -> int:
     encoded = [llm.tokenizer.encode(p) if args.raw else llm.encode_chat(_messages(p, args)) for p in prompts]
     overrides = sampling_overrides(args)
     to_stdout = args.json is not None and str(args.json) == "-"

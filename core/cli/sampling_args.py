@@ -25,7 +25,7 @@ _NUMBERS: tuple[tuple[str, type, str], ...] = (
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the sampling options and how the bundle is loaded."""
+    """Declare the sampling options."""
     group = parser.add_argument_group("sampling (default: the model's generation_config.json)")
     for flag, kind, text in _NUMBERS:
         group.add_argument(flag, type=kind, metavar="N" if kind is int else "X", help=text)
@@ -33,9 +33,6 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stop-token", action="append", metavar="TOKEN", help="end at this token (text or id)")
     group.add_argument("--logit-bias", action="append", metavar="ID:X", help="add X to the logit of token ID")
     group.add_argument("--ignore-eos", action="store_true", help="go on after the model's end-of-sequence tokens")
-    loading = parser.add_argument_group("loading")
-    loading.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all cores)")
-    loading.add_argument("--checkpoint", metavar="FOLDER", help="where the weights are, if they have moved")
 
 
 def sampling_overrides(args: argparse.Namespace) -> dict[str, Any]:

@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-tokens", type=int, default=256, metavar="N", help="tokens of it (default: 256)")
     parser.add_argument("--greedy-tokens", type=int, default=256, metavar="N", help="tokens to continue (default: 256)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all cores)")
+    parser.add_argument("--device", type=int, default=0, metavar="N", help="target cuda: which GPU (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         num_tokens=args.num_tokens,
         greedy_tokens=args.greedy_tokens,
         num_threads=args.threads,
+        device=args.device,
         quiet=args.quiet,
     )
     print(result.table())

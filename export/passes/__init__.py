@@ -9,4 +9,9 @@
 | `norm`          | residual Add + RMSNormalization → SkipSimplifiedLayerNormalization          |
 | `activation`    | x · sigmoid(x) → QuickGelu with alpha 1                                     |
 | `lower_cpu`     | all of these, in the order that ONNX Runtime's CPU kernels want             |
+| `decoder`       | no change: every node of a portable graph checked against the model's spec  |
+| `lower_cuda`    | that check, then a new graph of our plugin ops over a paged cache           |
+
+`graph_tools` and `matcher` are what they share to edit and to read a graph, `plugin_node` makes a node from the op
+table.
 """

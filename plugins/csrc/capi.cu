@@ -7,7 +7,7 @@
 #include "common/ops.cuh"
 
 #ifndef QWEN_RT_BUILD_INFO
-#define QWEN_RT_BUILD_INFO "abi=1 sources=unknown"
+#define QWEN_RT_BUILD_INFO "abi=2 sources=unknown"
 #endif
 
 namespace {
@@ -27,13 +27,13 @@ struct Entry {
 // In the order of core/ops.py.
 constexpr Entry kEntries[] = {
     {"embed", 1, 3, launch_embed, no_workspace},
-    {"rmsnorm_qkv", 1, 4, launch_rmsnorm_qkv, no_workspace},
-    {"rope_kv_append_attention", 1, 7, launch_rope_kv_append_attention, workspace_rope_kv_append_attention},
-    {"o_proj_residual", 1, 3, launch_o_proj_residual, no_workspace},
-    {"rmsnorm_gate_up_silu", 1, 3, launch_rmsnorm_gate_up_silu, no_workspace},
-    {"down_residual", 1, 3, launch_down_residual, no_workspace},
-    {"lm_head", 1, 3, launch_lm_head, no_workspace},
-    {"sample", 1, 2, launch_sample, workspace_sample},
+    {"rmsnorm_qkv", 2, 4, launch_rmsnorm_qkv, workspace_rmsnorm_qkv},
+    {"rope_kv_append_attention", 2, 8, launch_rope_kv_append_attention, workspace_rope_kv_append_attention},
+    {"o_proj_residual", 2, 3, launch_o_proj_residual, workspace_o_proj_residual},
+    {"rmsnorm_gate_up_silu", 2, 3, launch_rmsnorm_gate_up_silu, workspace_rmsnorm_gate_up_silu},
+    {"down_residual", 2, 3, launch_down_residual, workspace_down_residual},
+    {"lm_head", 2, 4, launch_lm_head, workspace_lm_head},
+    {"sample", 2, 5, launch_sample, workspace_sample},
 };
 
 const Entry* find(const char* op) {

@@ -51,7 +51,7 @@ int32_t qwen_rt_launch(const char* op, const QwenRtCall* call);
 /* Device bytes that the op wants for these dims on the current device, counters included (0: none); -1 if there is no such op. */
 int64_t qwen_rt_workspace_bytes(const char* op, const int64_t* dims, int32_t num_dims);
 
-/* "abi=1 sources=<sha256> sms=90 nvcc=13.0 ops=embed:1,...": what the library was built from. */
+/* "abi=2 sources=<sha256> sms=90 nvcc=13.0 ops=embed:1,...": what the library was built from. */
 const char* qwen_rt_build_info(void);
 
 /* Enqueue a kernel that reads `num_bytes` once, to measure read bandwidth; `sink` is 4 bytes of device memory. */

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from qwen_rt.benchmarks.bench_export_72b import check_references
 from qwen_rt.benchmarks.checkpoints import QWEN2_05B, QWEN2_72B, split_shards, write_random, write_sparse
 from qwen_rt.benchmarks.cpu_contest import agreement, step_weights
-from qwen_rt.benchmarks.measure import first_byte_seconds, package_python, read_bandwidth, run_child
+from qwen_rt.benchmarks.measure import (
+    NUM_READ_PROBES,
+    first_byte_seconds,
+    gpu_read_bandwidth,
+    matrix_rate_of_child,
+    package_python,
+    read_bandwidth,
+    run_child,
+)
 from qwen_rt.checkpoint import Checkpoint
 from qwen_rt.errors import QwenRtError
 from qwen_rt.spec import ModelSpec
@@ -115,3 +125,82 @@ def test_the_export_check_finds_a_moved_weight(tmp_path: Path) -> None:
     graph.write_bytes(model.SerializeToString())
     found = check_references(graph, stored)
     assert (found["passed"], found["num_missing"]) == (False, 1)
+
+
+def test_without_a_gpu_there_is_no_matrix_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child that cannot see a GPU, dies, or hangs gives no rate, and no trouble."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert matrix_rate_of_child() is None
+    for program in ("import os; os.abort()", "print('[0]')", "print('[\"fast\"]')", "import time; time.sleep(60)"):
+        monkeypatch.setattr("qwen_rt.benchmarks.measure._RATE_OF_CHILD", program)
+        assert matrix_rate_of_child(timeout_s=2.0 if "sleep" in program else 60.0) is None
+    monkeypatch.setattr("qwen_rt.benchmarks.measure._RATE_OF_CHILD", "print('noise'); print('[7.9e14]')")
+    assert matrix_rate_of_child() == 7.9e14
+
+
+class FakeCuda:
+    """Device memory is host memory; event times are those that the probes set."""
+
+    def __init__(self, free: int) -> None:
+        self.free_bytes, self.elapsed = free, 0.0
+        self.taken: dict[int, Any] = {}
+
+    def memory_info(self) -> tuple[int, int]:
+        return self.free_bytes, 2 * self.free_bytes
+
+    def malloc(self, nbytes: int) -> int:
+        buffer = ctypes.create_string_buffer(nbytes)
+        self.taken[ctypes.addressof(buffer)] = buffer
+        return ctypes.addressof(buffer)
+
+    host_alloc = malloc
+
+    def free(self, pointer: int) -> None:
+        del self.taken[pointer]
+
+    host_free = stream_destroy = event_destroy = free
+
+    def host_device_pointer(self, pointer: int) -> int:
+        return pointer
+
+    def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        ctypes.memmove(target, source, nbytes)
+
+    def stream_create(self) -> int:
+        return self.malloc(8)
+
+    def event_create(self, *, timing: bool) -> int:
+        assert timing
+        return self.malloc(8)
+
+    def event_record(self, event: int, stream: int) -> None: ...
+
+    event_synchronize = stream_synchronize = lambda self, handle: None
+
+    def elapsed_ms(self, start: int, end: int) -> float:
+        return self.elapsed
+
+
+class FakeLibrary:
+    """A reader whose third variant is the fastest, 4 TB/s."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda, self.nbytes = cuda, 0
+        self.variants: list[int] = []
+
+    def read_probe(self, data: int, nbytes: int, sink: int, variant: int, stream: int) -> None:
+        content = ctypes.string_at(data, nbytes)
+        assert len(set(content[:: max(1, nbytes // 4096)])) > 100  # not constant
+        self.variants.append(variant)
+        self.nbytes = nbytes
+        self.cuda.elapsed = nbytes / (4e12 - abs(variant - 3) * 1e11) * 1e3
+
+
+def test_the_fastest_reader_of_a_gpu_counts() -> None:
+    cuda = FakeCuda(free=100 << 20)
+    library = FakeLibrary(cuda)
+    rate = gpu_read_bandwidth(cast(Any, cuda), cast(Any, library), repeats=3)
+    assert rate == pytest.approx(4e12)
+    assert library.nbytes == 48 << 20  # half of what is free, in whole chunks
+    assert library.variants == [variant for variant in range(NUM_READ_PROBES) for _ in range(5)]
+    assert not cuda.taken  # all given back

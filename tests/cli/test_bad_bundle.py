@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ..runtime.cuda_bundle import as_cuda
 from .conftest import Cli
 from .kit import (
     HOSTILE,
@@ -180,6 +182,14 @@ def test_verify_against_another_checkpoint(bundle: Path, nano_copy: Path, workpl
     edit_json(nano_copy / "config.json", lambda document: document.update(rms_norm_eps=1e-5))
     result = cli("verify", bundle, "--checkpoint", nano_copy, "--json", "result.json")
     result.refused(1, "is not the checkpoint of", "expected", "--checkpoint FOLDER")
+    assert names(workplace) == set()
+
+
+@pytest.mark.skipif(find_library("cuda") is not None, reason="this machine has an NVIDIA driver")
+def test_a_cuda_bundle_without_a_gpu(bundle: Path, tmp_path: Path, workplace: Path, cli: Cli) -> None:
+    folder = as_cuda(bundle, tmp_path / "nano-cuda")
+    for command in (["generate", folder, "hi"], ["chat", folder], ["verify", folder]):
+        cli(*command).refused(1, "NVIDIA driver", "--target cpu")
     assert names(workplace) == set()
 
 

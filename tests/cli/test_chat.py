@@ -17,6 +17,7 @@ from qwen_rt.errors import TextError
 from qwen_rt.runtime.llm import LLM
 from qwen_rt.runtime.outputs import StreamChunk
 
+from ..runtime.cuda_bundle import as_cuda, install
 from .conftest import Cli
 from .kit import HOSTILE, QUESTION, child, command, environment
 
@@ -209,7 +210,7 @@ class _StubLLM:
             yield StreamChunk(index=0, text=piece, token_id=0, finish_reason=None)
 
 
-def _converse(llm: _StubLLM, *lines: str, monkeypatch: pytest.MonkeyPatch, interactive: bool) -> int:
+def _converse(llm: _StubLLM, *lines: str, monkeypatch: pytest.MonkeyPatch, interactive: bool, **options: bool) -> int:
     waiting = iter(lines)
 
     def read(prompt: str = "") -> str:
@@ -220,7 +221,7 @@ def _converse(llm: _StubLLM, *lines: str, monkeypatch: pytest.MonkeyPatch, inter
 
     monkeypatch.setattr("builtins.input", read)
     monkeypatch.setattr(chat, "_interactive", lambda: interactive)
-    return chat.converse(llm, None, "", {})  # type: ignore[arg-type]
+    return chat.converse(llm, None, "", {}, **options)  # type: ignore[arg-type]
 
 
 def test_what_is_remembered_of_a_stopped_answer(
@@ -236,6 +237,42 @@ def test_what_is_remembered_of_a_stopped_answer(
     assert capsys.readouterr().out == " [stopped]\nso far [stopped]\nend\n"
 
 
+class _PressingLLM(_StubLLM):
+    """Presses Ctrl-C where its answer says so; notes how its stream ended."""
+
+    def __init__(self, *answers: list[str | BaseException]) -> None:
+        super().__init__(*answers)
+        self.ends: list[str] = []
+
+    def stream(self, messages: list[dict[str, str]], **overrides: Any) -> Iterator[StreamChunk]:
+        end = "interrupted"
+        try:
+            for chunk in super().stream(messages, **overrides):
+                if chunk.text == "^C":
+                    signal.raise_signal(signal.SIGINT)
+                else:
+                    yield chunk
+            end = "done"
+        except GeneratorExit:
+            end = "closed"
+            raise
+        finally:
+            self.ends.append(end)
+
+
+@pytest.mark.parametrize("between_tokens", [False, True])
+def test_ctrl_c_may_wait_for_the_end_of_a_step(
+    between_tokens: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llm = _PressingLLM(["^C", "one"], ["so ", "far", "^C", "never", "more"], ["end"])
+    assert (
+        _converse(llm, "one", "two", "three", monkeypatch=monkeypatch, interactive=True, between_tokens=between_tokens)
+        == 0
+    )
+    assert capsys.readouterr().out == " [stopped]\nso far [stopped]\nend\n"
+    assert llm.ends == (["closed", "closed", "done"] if between_tokens else ["interrupted", "interrupted", "done"])
+
+
 def test_trouble_with_one_message_does_not_end_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,3 +286,19 @@ def test_trouble_with_one_message_does_not_end_a_terminal(
 
 def test_stdin_that_is_closed(bundle: Path) -> None:
     assert child(["chat", bundle], stdin="").code == 0
+
+
+def test_a_cuda_bundle_holds_a_conversation(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+) -> None:
+    made = install(monkeypatch)
+    folder = as_cuda(bundle, tmp_path / "nano-cuda")
+    lines = f"{QUESTION}\nAnd 2 more?\n" + "1+2+3+4+5+6+7+8+9" * 30 + "\n/reset\nWhat is 8 + 8?\n"
+    limits = ["--max-tokens", "12"]
+    expected = cli("chat", bundle, *limits, stdin=f"{QUESTION}\nAnd 2 more?\n/reset\nWhat is 8 + 8?\n").out
+    found = cli("chat", folder, *limits, "--kv-memory", "1MiB", stdin=lines)
+    assert (found.code, found.out) == (0, expected)
+    told, forgotten = found.err.splitlines()
+    assert re.match(r"qwen-rt: request 0 has \d+ prompt tokens and max_tokens=12: \d+ cache blocks; .*/reset", told)
+    assert forgotten == "(conversation forgotten)"
+    assert [(session.is_closed, session.max_rows) for session in made] == [(True, 1)]

@@ -15,6 +15,7 @@ import pytest
 from qwen_rt.cli.generate import BOXED
 from qwen_rt.runtime.llm import LLM
 
+from ..runtime.cuda_bundle import NumpyCudaSession, as_cuda, install
 from .conftest import Cli
 from .kit import QUESTION, child, command, environment, names
 
@@ -178,3 +179,51 @@ def test_the_module_runs_as_the_command(bundle: Path) -> None:
     code = "import runpy, sys; sys.argv = ['qwen-rt', '--version']; runpy.run_module('qwen_rt', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# ---------------------------------------------------------------- target cuda
+
+
+@pytest.fixture
+def cuda_bundle(bundle: Path, tmp_path: Path) -> Path:
+    return as_cuda(bundle, tmp_path / "nano-cuda")
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[NumpyCudaSession]:
+    return install(monkeypatch)
+
+
+def test_a_cuda_bundle_answers_as_the_cpu_bundle_does(
+    cuda_bundle: Path, answer: str, workplace: Path, made: list[NumpyCudaSession], cli: Cli
+) -> None:
+    streamed = cli("generate", cuda_bundle, QUESTION, *NUM, "--kv-memory", "4MiB", "--device", "3")
+    assert (streamed.code, streamed.out, streamed.err) == (0, answer + "\n", "")
+    assert made[0].options == {"device": 3, "kv_memory": 4 << 20, "quiet": True}
+    (workplace / "questions.txt").write_text(f"{QUESTION}\nWhat is 3 * 4?\n")
+    batch = cli("generate", cuda_bundle, "--file", "questions.txt", "--batch", "1000000", *NUM, "--stats")
+    assert (batch.code, batch.out.splitlines()[:2]) == (0, [f"> {QUESTION}", answer.splitlines()[0]])
+    assert batch.err.count("\n") == 1
+    assert "24 generated in" in batch.err
+    assert batch.err.endswith("2 requests on cuda\n")
+    assert [session.is_closed for session in made] == [True, True]
+
+
+def test_options_that_do_not_fit_the_target(
+    cuda_bundle: Path, bundle: Path, made: list[NumpyCudaSession], cli: Cli
+) -> None:
+    leave = "leave it out"
+    cli("generate", cuda_bundle, "--threads", "2", "hi").refused(2, "num_threads=2 with .* target cuda", "cpu", leave)
+    cli("generate", bundle, "--device", "1", "hi").refused(2, "device=1 with .* target cpu", "cuda", leave)
+    cli("generate", bundle, "--kv-memory", "1GiB", "hi").refused(2, "kv_memory=1GiB with .* target cpu", leave)
+    cli("generate", cuda_bundle, "--kv-memory", "8G", "hi").refused(2, "kv_memory='8G'", "KiB, MiB", "like 8GiB")
+    cli("generate", cuda_bundle, "--kv-memory", "64KiB", "hi").refused(2, "num_blocks=1", "more memory")
+    cli("generate", cuda_bundle, "--device", "x", "hi").refused(2, "--device", "invalid int value")
+    cli("generate", cuda_bundle, "--device", "-1", "hi").refused(2, "device=-1", "at least 0")
+    assert all(session.is_closed for session in made)
+
+
+def test_a_request_larger_than_the_cache(cuda_bundle: Path, made: list[NumpyCudaSession], cli: Cli) -> None:
+    words = (r"\d+ prompt tokens and max_tokens=400: \d+ cache blocks", "at most 15", "lower max_tokens or raise --kv")
+    cli("generate", cuda_bundle, "--kv-memory", "1MiB", "--max-tokens", "400", QUESTION).refused(2, *words)
+    assert [(session.is_closed, session.calls) for session in made] == [(True, [])]

@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 
 from qwen_rt import doctor, gpu_probe, machine, targets
-from qwen_rt.machine import Gpu, Gpus, Started
+from qwen_rt.machine import Gpu, Gpus, Kernels, Started
 from qwen_rt.targets import TARGETS, Facts, Lack, Target, TargetStatus
 
 H100 = Gpus((Gpu("NVIDIA H100 80GB HBM3", 85 * 10**9, 80 * 10**9, "9.0"),), "580.65", "13.0")
 ADA = Gpus((Gpu("NVIDIA L4", 24 * 10**9, None, "8.9"),), "580.65", "13.0")
 NONE = Gpus(reason="no NVIDIA driver")
+BUILT = Kernels("build/plugins/x/libqwen_rt_plugins.so", (90,), is_current=True, known_sms=(80, 90))
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,8 @@ def _needs(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
 
 
 def _lacks(name: str, gpus: Gpus = NONE, providers: tuple[str, ...] | None = None) -> list[Lack]:
-    return next(target for target in (*TARGETS, targets.EXPORT) if target.name == name).probe(Facts(gpus, providers))
+    target = next(target for target in (*TARGETS, targets.EXPORT) if target.name == name)
+    return target.probe(Facts(gpus, providers, BUILT))
 
 
 def test_commands_name_what_is_missing_or_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +171,7 @@ def test_an_onnxruntime_that_crashes_is_told_of(monkeypatch: pytest.MonkeyPatch)
     assert report.next_step == "pip install --force-reinstall --no-deps onnxruntime   # to run bundles"
 
 
-@pytest.mark.parametrize("probe", ["find_nvcc", "read_cpu", "read_gpus", "read_nvcc"])
+@pytest.mark.parametrize("probe", ["find_nvcc", "read_cpu", "read_gpus", "read_kernels", "read_nvcc"])
 def test_a_probe_that_raises_is_told_of_and_breaks_nothing(monkeypatch: pytest.MonkeyPatch, probe: str) -> None:
     def explode(*_: object) -> None:
         raise RuntimeError("broken\x1b[2J library")

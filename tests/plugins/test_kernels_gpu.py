@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from qwen_rt.benchmarks.kernel_shapes import SHAPES, ModelShape
-from qwen_rt.errors import MissingDependencyError, QwenRtError, UnsupportedModelError
-from qwen_rt.plugins.library import NO_DEPENDENT_LAUNCH, load
+from qwen_rt.benchmarks.kernel_shapes import ModelShape
+from qwen_rt.errors import QwenRtError, UnsupportedModelError
+from qwen_rt.plugins.library import NO_DEPENDENT_LAUNCH
 
 if TYPE_CHECKING:
     from qwen_rt.benchmarks.kernel_step import OpCaller
@@ -20,53 +18,13 @@ pytestmark = pytest.mark.gpu
 torch = pytest.importorskip("torch", reason="torch is not installed")
 if not torch.cuda.is_available():
     pytest.skip("no NVIDIA GPU here", allow_module_level=True)
-references = importlib.import_module("qwen_rt.benchmarks.kernel_references")
-kernel_step = importlib.import_module("qwen_rt.benchmarks.kernel_step")
-random_bf16 = kernel_step.random_bf16
+from qwen_rt.benchmarks import kernel_references as references  # noqa: E402
+from qwen_rt.benchmarks import kernel_step  # noqa: E402
+from qwen_rt.benchmarks.kernel_step import random_bf16  # noqa: E402
 
-NANO = ModelShape(512, 4, 4, 2, 128, 768, 1152, True)
-MODELS = {**SHAPES, "nano": NANO, "padded-72b": ModelShape(8192, 80, 64, 8, 128, 29696, 152064)}
+from .gpu_kit import EPSILON, MODELS, NANO, check, nan_bf16, norm_weight, residual_rows  # noqa: E402
+
 ROWS = (1, 3, 7, 16, 19, 64)
-EPSILON = 1e-6
-
-
-@pytest.fixture(scope="module")
-def call() -> OpCaller:
-    try:
-        library = load()
-    except MissingDependencyError as error:
-        pytest.skip(str(error))
-    capability = torch.cuda.get_device_capability()
-    if capability[0] * 10 + capability[1] not in library.sms:
-        pytest.skip(f"the plugin library is for SMs {library.sms}, this GPU is {capability}")
-    return kernel_step.OpCaller(library)
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[None]:
-    torch.manual_seed(20261123)
-    yield
-    torch.cuda.synchronize()
-
-
-def nan_bf16(*shape: int) -> torch.Tensor:
-    return torch.full(shape, float("nan"), dtype=torch.bfloat16, device="cuda")
-
-
-def check(op: str, out: torch.Tensor, reference: torch.Tensor) -> None:
-    problem = references.problem_of(op, out, reference)
-    assert not problem, problem
-
-
-def residual_rows(rows: int, hidden: int) -> torch.Tensor:
-    """Rows as the residual stream has them: each of another size, and a few channels far above the others."""
-    x = random_bf16(rows, hidden) * torch.logspace(-2, 2, rows, device="cuda").bfloat16()[:, None]
-    x[:, 5] *= 50
-    return x
-
-
-def norm_weight(hidden: int) -> torch.Tensor:
-    return 1 + random_bf16(hidden, std=0.2)
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -122,7 +80,8 @@ def test_lm_head(call: OpCaller, model: str, rows: int) -> None:
         random_bf16(s.vocab, s.hidden, std=0.02),
     )
     out = torch.full((rows, s.vocab), float("nan"), device="cuda")
-    call("lm_head", {"hidden": hidden, "norm_weight": norm, "weight": weight, "logits": out}, epsilon=EPSILON)
+    tensors = {"hidden": hidden, "indices": torch.full((rows,), -1, device="cuda"), "norm_weight": norm}
+    call("lm_head", {**tensors, "weight": weight, "logits": out}, epsilon=EPSILON)  # one row each: indices are not read
     check("lm_head", out, references.lm_head(hidden, norm, weight, EPSILON))
 
 
@@ -185,6 +144,7 @@ class Paged:
         tensors: dict[str, Any] = {
             "qkv": self.qkv[rows].contiguous(),
             "positions": self.positions[rows].contiguous(),
+            "query_starts": torch.arange(len(out) + 1, dtype=torch.int32, device="cuda"),
             "inv_freq": self.inv_freq,
             "block_tables": self.tables[rows].contiguous(),
             "k_cache": self.k_cache,
@@ -288,6 +248,30 @@ def test_matrices_do_not_depend_on_batch_mates(call: OpCaller) -> None:
         assert torch.equal(mlp(x[-rows:].contiguous()), all_rows[-rows:]), f"the last {rows} rows"
 
 
+@pytest.mark.parametrize("model", ["0.5b", "1.5b", "7b", "nano"])
+def test_norm_matrices_do_not_depend_on_batch_mates(call: OpCaller, model: str) -> None:
+    """All variants, with and without x resident, give a row the same bits."""
+    s = MODELS[model]
+    x, norm = residual_rows(64, s.hidden), norm_weight(s.hidden)
+    weights = {f"{name}_weight": random_bf16(s.kv_heads * s.head_dim, s.hidden, std=0.02) for name in "kv"}
+    weights["q_weight"] = random_bf16(s.heads * s.head_dim, s.hidden, std=0.02)
+    head = random_bf16(s.vocab, s.hidden, std=0.02)
+
+    def both(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        qkv = nan_bf16(rows.shape[0], (s.heads + 2 * s.kv_heads) * s.head_dim)
+        logits = torch.full((rows.shape[0], s.vocab), float("nan"), device="cuda")
+        indices = torch.arange(rows.shape[0], device="cuda")
+        call("rmsnorm_qkv", {"hidden": rows, "norm_weight": norm, **weights, "qkv": qkv}, epsilon=EPSILON)
+        tensors = {"hidden": rows, "indices": indices, "norm_weight": norm, "weight": head, "logits": logits}
+        call("lm_head", tensors, epsilon=EPSILON)
+        return qkv, logits
+
+    together = both(x)
+    for rows in (1, 8, 9, 13, 16, 17, 32, 33, 63):
+        for alone, all_rows in zip(both(x[-rows:].contiguous()), together, strict=True):
+            assert torch.equal(alone, all_rows[-rows:]), f"{rows} rows"
+
+
 @pytest.mark.parametrize("rows", [1, 16, 64])
 def test_chain_is_the_same_every_time(call: OpCaller, rows: int) -> None:
     """All ops in one graph, overlapping: 20 replays and a run without overlap give the same bits."""
@@ -323,9 +307,6 @@ def test_chain_is_the_same_every_time(call: OpCaller, rows: int) -> None:
 
 def test_what_is_unsupported_is_refused(call: OpCaller) -> None:
     s = NANO
-    x, w, r = random_bf16(65, s.ffn), random_bf16(s.hidden, s.ffn), random_bf16(65, s.hidden)
-    with pytest.raises(UnsupportedModelError, match=r"rows=65; expected 1 to 64"):
-        call("down_residual", {"activation": x, "weight": w, "residual": r, "out": r})
     x, w, r = random_bf16(1, 96), random_bf16(s.hidden, 96), random_bf16(1, s.hidden)
     with pytest.raises(UnsupportedModelError, match=r"k=96; expected a multiple of 64"):
         call("down_residual", {"activation": x, "weight": w, "residual": r, "out": r})

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from qwen_rt.errors import MissingDependencyError, UsageError
-from qwen_rt.ops import OPS, find_op, shape_of
+from qwen_rt.ops import COUNTER_BYTES, MAX_ROWS, OPS, find_op, shape_of
 from qwen_rt.plugins import build, library
 
 
@@ -16,6 +16,10 @@ def test_names_are_unique_and_found() -> None:
     assert all(find_op(op.name) is op for op in OPS)
     with pytest.raises(UsageError, match="op 'layer_norm'"):
         find_op("layer_norm")
+
+
+def words_of(tensors) -> set[str]:
+    return {word for tensor in tensors for size in tensor.shape for word in re.findall(r"[a-z_]\w*", size)}
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
@@ -27,19 +31,24 @@ def test_row_is_consistent(op) -> None:
         if tensor.alias is not None:
             assert tensor.shape == inputs[tensor.alias].shape
             assert tensor.dtype == inputs[tensor.alias].dtype
-    words = {word for tensor in op.inputs for size in tensor.shape for word in re.findall(r"[a-z_]\w*", size)}
-    assert set(op.dims) <= words, "a dim that no input tells"
+    assert set(op.dims) - words_of(op.inputs) <= words_of(t for t in op.outputs if t.optional), (
+        "a dim that nothing tells"
+    )
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_dims_come_back_from_the_shapes_of_the_inputs(op) -> None:
-    primes = dict(zip(op.dims, (3, 5, 7, 11, 13, 17, 19), strict=False)) | {"half_dim": 2}
+    primes = dict(zip(op.dims, (3, 5, 7, 11, 13, 17, 19, 23), strict=False)) | {"half_dim": 2}
     shapes = {tensor.name: shape_of(tensor.shape, primes) for tensor in op.tensors}
     expected = tuple(primes[dim] for dim in op.dims)
     assert op.dims_of(shapes) == expected
-    assert op.dims_of({tensor.name: shapes[tensor.name] for tensor in op.inputs}) == expected
-    optional = {tensor.name for tensor in op.tensors if tensor.optional}
-    assert op.dims_of({name: shape for name, shape in shapes.items() if name not in optional}) == expected
+
+    def told_by(tensors) -> tuple[int, ...]:
+        return tuple(primes[dim] if dim in words_of(tensors) else 0 for dim in op.dims)
+
+    assert op.dims_of({tensor.name: shapes[tensor.name] for tensor in op.inputs}) == told_by(op.inputs)
+    required = [tensor for tensor in op.tensors if not tensor.optional]
+    assert op.dims_of({tensor.name: shapes[tensor.name] for tensor in required}) == told_by(required)
 
 
 def test_shapes_that_contradict_each_other_are_refused() -> None:
@@ -65,6 +74,9 @@ def test_the_c_side_has_the_same_ops_versions_and_dims() -> None:
         assert workspace == (f"workspace_{name}" if op.has_workspace else "no_workspace")
     header = (build.SOURCES / "capi.h").read_text("utf-8")
     assert f"#define QWEN_RT_ABI {build.ABI}\n" in header
+    assert f"#define QWEN_RT_COUNTER_BYTES {COUNTER_BYTES} " in header
+    launch = (build.SOURCES / "common" / "launch.cuh").read_text("utf-8")
+    assert f"constexpr int kMaxRows = {MAX_ROWS};\n" in launch
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)

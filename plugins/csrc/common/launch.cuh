@@ -28,28 +28,34 @@ struct Device {
     int index;
     int num_sms;
     int max_shared_bytes;  // of one block, after opting in
+    int sm;                // compute capability, 90 for 9.0
 };
 
 inline cudaError_t current_device(Device* device) {
-    static std::atomic<int> known[64][2];
+    static std::atomic<int> known[64][3];
     cudaError_t error = cudaGetDevice(&device->index);
     if (error != cudaSuccess) return error;
     const int slot = device->index & 63;
     if (known[slot][1].load() == 0) {
-        int sms = 0, bytes = 0;
+        int sms = 0, bytes = 0, major = 0, minor = 0;
         error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device->index);
         if (error == cudaSuccess)
             error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device->index);
+        if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device->index);
+        if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device->index);
         if (error != cudaSuccess) return error;
         known[slot][0] = sms;
+        known[slot][2] = major * 10 + minor;
         known[slot][1] = bytes;
     }
     device->num_sms = known[slot][0];
     device->max_shared_bytes = known[slot][1];
+    device->sm = known[slot][2];
     return cudaSuccess;
 }
 
-// Launches `kernel` so that it may start before the grids before it are complete; the kernel itself waits for them.
+// Launches `kernel` so that it may start before the grids before it are complete; the kernel itself waits for them. Needs
+// SM 9.0 for clusters of more than one block.
 template <class... Parameters, class... Arguments>
 int32_t launch(const QwenRtCall& call, void (*kernel)(Parameters...), const Device& device, dim3 grid, int threads,
                int shared_bytes, Arguments&&... arguments) {
@@ -79,8 +85,9 @@ int32_t launch(const QwenRtCall& call, void (*kernel)(Parameters...), const Devi
 inline bool is_aligned(const void* pointer) { return (reinterpret_cast<uintptr_t>(pointer) & 15u) == 0; }
 
 // `small`: bits of the tensors that are read element by element, for which their own alignment will do.
+// `num_optional_dims`: so many dims at the end may be 0, where only absent optional tensors would tell them.
 inline int32_t check_tensors(const QwenRtCall& call, int num_required, int num_all, int num_dims, int num_attributes,
-                             unsigned small = 0) {
+                             unsigned small = 0, int num_optional_dims = 0) {
     if (call.num_tensors != num_all || call.num_dims != num_dims || call.num_attributes != num_attributes)
         return refuse(call, QWEN_RT_INVALID, "num_tensors=%d num_dims=%d num_attributes=%d; expected %d, %d, %d",
                       call.num_tensors, call.num_dims, call.num_attributes, num_all, num_dims, num_attributes);
@@ -91,10 +98,12 @@ inline int32_t check_tensors(const QwenRtCall& call, int num_required, int num_a
             return refuse(call, QWEN_RT_INVALID, "tensor %d at %p; expected an address divisible by 16", i,
                           call.tensors[i]);
     }
-    for (int i = 0; i < num_dims; ++i)
-        if (call.dims[i] < 1 || call.dims[i] > (int64_t{1} << 40))
-            return refuse(call, QWEN_RT_INVALID, "dim %d is %lld; expected 1 or more", i,
-                          static_cast<long long>(call.dims[i]));
+    for (int i = 0; i < num_dims; ++i) {
+        const int64_t least = i < num_dims - num_optional_dims ? 1 : 0;
+        if (call.dims[i] < least || call.dims[i] > INT32_MAX)
+            return refuse(call, QWEN_RT_INVALID, "dim %d is %lld; expected %lld to 2^31 - 1", i,
+                          static_cast<long long>(call.dims[i]), static_cast<long long>(least));
+    }
     return QWEN_RT_OK;
 }
 

@@ -14,7 +14,9 @@
 //   scattered k: the same permutation of k on both operands leaves the product as it is.
 // Overlap: weights do not depend on earlier kernels, so the rings are filled before the wait. The next kernel is let in
 //   shortly before this one has issued its last copy: its blocks start as soon as an SM has room for them.
-// Cost: 2 k bytes per unit (4 k per pair) from memory, once; x is read again for every group of tiles, from L2.
+// Cost: 2 k bytes per unit (4 k per pair) from memory, once; x is read again for every group of tiles, from L2, unless it
+//   is resident: then the first group leaves x ∘ norm_weight in shared memory, each lane the 16 bytes that it alone reads,
+//   and the rings carry weights only.
 #pragma once
 
 #include "launch.cuh"
@@ -55,8 +57,10 @@ __host__ __device__ constexpr int reduce_columns(int n_tiles) { return n_tiles =
 __host__ __device__ constexpr int reduce_bytes(int n_tiles) { return kWarps * reduce_columns(n_tiles) * kReduceStride * 4; }
 __host__ __device__ constexpr int squares_bytes(int n_tiles) { return kWarps * n_tiles * 8 * 4; }
 __host__ __device__ constexpr int norm_bytes(bool has_norm, int k) { return has_norm ? (k * 2 + 127) / 128 * 128 : 0; }
-// What a warp keeps of one chunk: weights of all tiles of a group, and x.
+// What a warp keeps of one chunk: weights of all tiles of a group, and x (rows 0: where x is resident).
 __host__ __device__ constexpr int stage_bytes(int m_tiles, int rows) { return m_tiles * kTileBytes + rows * 128; }
+// A warp's slices of all of x, where it is resident.
+__host__ __device__ constexpr int resident_bytes(int rows, int k) { return (k + kChunk - 1) / kChunk * rows * 128; }
 
 struct Units {
     int first, count;
@@ -102,11 +106,12 @@ __device__ __forceinline__ float add_squares(float sum, uint4 v) {
 
 // ---------------------------------------------------------------- kernel
 
-// kNTiles: activation rows / 8; kMTiles: 16-row tiles of weights in a group; kStages: chunks under way.
+// kNTiles: activation rows / 8; kMTiles: 16-row tiles of weights in a group; kStages: chunks under way; kResident: x stays.
 // The inner loop is short on purpose: unrolled by stages and tiles it missed the instruction cache and ran at 3 TB/s.
-template <Epilogue kEpilogue, bool kNorm, int kNTiles, int kMTiles, int kStages>
-__global__ void __launch_bounds__(kSkinnyThreads, kNTiles <= 2 ? 2 : 1) skinny_gemm(const __grid_constant__ SkinnyParams p) {
+template <Epilogue kEpilogue, bool kNorm, int kNTiles, int kMTiles, int kStages, bool kResident>
+__global__ void __launch_bounds__(kSkinnyThreads, kNTiles <= 2 && !kResident ? 2 : 1) skinny_gemm(const __grid_constant__ SkinnyParams p) {
     extern __shared__ __align__(128) unsigned char shared[];
+    static_assert(kNorm || !kResident, "what is read once need not stay");
     constexpr bool kPairs = kEpilogue == Epilogue::kSiluGate;
     constexpr int kUnitsPerTile = kPairs ? 8 : 16;
     constexpr int kColumns = reduce_columns(kNTiles);
@@ -115,9 +120,11 @@ __global__ void __launch_bounds__(kSkinnyThreads, kNTiles <= 2 ? 2 : 1) skinny_g
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     float* squares = reinterpret_cast<float*>(shared);   // [warp][column]
     float* sums = squares + squares_bytes(kNTiles) / 4;  // [warp][column][20]
-    const int bytes_of_stage = stage_bytes(kMTiles, p.rows);
+    const int bytes_of_stage = stage_bytes(kMTiles, kResident ? 0 : p.rows);
+    const int bytes_of_x = kResident ? resident_bytes(p.rows, p.k) : 0;
     const uint32_t norm = smem_address(shared) + squares_bytes(kNTiles) + reduce_bytes(kNTiles);
-    const uint32_t ring = norm + norm_bytes(kNorm, p.k) + warp * kStages * bytes_of_stage;
+    const uint32_t resident = norm + norm_bytes(kNorm, p.k) + warp * bytes_of_x;
+    const uint32_t ring = norm + norm_bytes(kNorm, p.k) + kWarps * bytes_of_x + warp * kStages * bytes_of_stage;
     const uint32_t ring_end = ring + kStages * bytes_of_stage;
     const int num_chunks = (p.k + kChunk - 1) / kChunk;
     const int begin = static_cast<int>(static_cast<int64_t>(p.units) * blockIdx.x / gridDim.x);
@@ -159,11 +166,14 @@ __global__ void __launch_bounds__(kSkinnyThreads, kNTiles <= 2 ? 2 : 1) skinny_g
                     copy16_async(stage + lane_to + m * kTileBytes + i * 512, row_at[m][i] + chunk * kChunk, policy);
     };
     const bf16* x_at = p.x + static_cast<int64_t>(lane_row) * p.k + lane_k;
+    const auto x_of = [&](uint32_t stage, int chunk) -> uint32_t {
+        return kResident ? resident + chunk * p.rows * 128 : stage + kMTiles * kTileBytes;
+    };
     const auto load_x = [&](uint32_t stage, int chunk) {
 #pragma unroll
         for (int i = 0; i < kNTiles * 2; ++i)
             if (i * 4 + lane_row < p.rows)
-                copy16_async(stage + kMTiles * kTileBytes + lane_to + i * 512,
+                copy16_async(x_of(stage, chunk) + lane_to + i * 512,
                              x_at + static_cast<int64_t>(i) * 4 * p.k + chunk * kChunk);
     };
     const int num_slices = (p.k / kSlice - warp + kWarps - 1) / kWarps;  // chunks in which this warp has k: all, or all but one
@@ -193,7 +203,10 @@ __global__ void __launch_bounds__(kSkinnyThreads, kNTiles <= 2 ? 2 : 1) skinny_g
         int chunk = 0;
         for (uint32_t stage = ring; stage < ring_end; stage += bytes_of_stage) {
             if (chunk < num_slices) load_x(stage, chunk);
-            if (++chunk == num_chunks) chunk = 0;
+            if (++chunk == num_chunks) {
+                if constexpr (kResident) break;
+                chunk = 0;
+            }
         }
         commit_copies();
     }
@@ -244,9 +257,9 @@ __global__ void __launch_bounds__(kSkinnyThreads, kNTiles <= 2 ? 2 : 1) skinny_g
 #pragma unroll
                     for (int half = 0; half < 2; ++half)
                         x[n][half] = n * 8 + g < p.rows
-                                         ? load_shared(stage + kMTiles * kTileBytes + n * 1024 + (read_at ^ (half * 64)))
+                                         ? load_shared(x_of(stage, chunk) + n * 1024 + (read_at ^ (half * 64)))
                                          : make_uint4(0, 0, 0, 0);
-                if constexpr (kNorm) {
+                if (kNorm && (!kResident || group == 0)) {
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
                         const uint4 scale = load_shared(norm + (chunk * kChunk + warp * kSlice + t * 8 + half * 32) * 2);
@@ -256,6 +269,8 @@ __global__ void __launch_bounds__(kSkinnyThreads, kNTiles <= 2 ? 2 : 1) skinny_g
                             if (group == 0) square_sum[n] = add_squares(square_sum[n], v);
                             v = make_uint4(multiply_pairs(v.x, scale.x), multiply_pairs(v.y, scale.y),
                                            multiply_pairs(v.z, scale.z), multiply_pairs(v.w, scale.w));
+                            if (kResident && n * 8 + g < p.rows)
+                                store_shared(x_of(stage, chunk) + n * 1024 + (read_at ^ (half * 64)), v);
                         }
                     }
                 }
@@ -279,7 +294,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, kNTiles <= 2 ? 2 : 1) skinny_g
             if (load_group < num_groups) {
                 if (load_chunk < num_slices) {
                     load_weights(stage, load_chunk);
-                    load_x(stage, load_chunk);
+                    if (!kResident || load_group == 0) load_x(stage, load_chunk);
                 }
                 advance();
             }
@@ -341,72 +356,6 @@ __global__ void __launch_bounds__(kSkinnyThreads, kNTiles <= 2 ? 2 : 1) skinny_g
             }
         }
     }
-}
-
-// ---------------------------------------------------------------- launcher
-
-// The next kernel is let in so many chunks before the last copy of this one: 0 (at once) to 12 differ by 2 % at most.
-constexpr int kTriggerChunks = 3;
-// A block that reads no more than this leaves half of the SM to the next kernel's block; a larger one takes all, because
-// two blocks of one kernel on an SM, which the hardware places where it finds room, end late.
-constexpr int64_t kSmallBlockBytes = 224 * 1024;
-
-// Launches the variant unless it needs more shared memory than there is; returns whether it did.
-template <Epilogue kEpilogue, bool kNorm, int kNTiles, int kMTiles, int kStages>
-bool try_variant(const QwenRtCall& call, const Device& device, int grid, const SkinnyParams& p, int32_t* status) {
-    const int bytes = squares_bytes(kNTiles) + reduce_bytes(kNTiles) + norm_bytes(kNorm, p.k) +
-                      kWarps * kStages * stage_bytes(kMTiles, p.rows);
-    if (bytes > device.max_shared_bytes) return false;
-    *status = launch(call, skinny_gemm<kEpilogue, kNorm, kNTiles, kMTiles, kStages>, device, dim3(grid), kSkinnyThreads,
-                     bytes, p);
-    return true;
-}
-
-// (rows, tiles of a block) -> (tiles of a group, stages). All variants give a row the same bits. Figures behind the
-// choices: docs/performance-gpu-kernels.md.
-template <Epilogue kEpilogue, bool kNorm>
-int32_t launch_skinny(const QwenRtCall& call, SkinnyParams& p) {
-    Device device;
-    if (const cudaError_t error = current_device(&device); error != cudaSuccess)
-        return refuse(call, QWEN_RT_CUDA_ERROR, "no device: %s", cudaGetErrorString(error));
-    if (p.rows > kMaxRows) return refuse(call, QWEN_RT_UNSUPPORTED, "rows=%d; expected 1 to %d", p.rows, kMaxRows);
-    if (p.k % kSlice != 0) return refuse(call, QWEN_RT_UNSUPPORTED, "k=%d; expected a multiple of %d", p.k, kSlice);
-
-    constexpr int kUnitsPerTile = kEpilogue == Epilogue::kSiluGate ? 8 : 16;
-    constexpr bool kMany = kEpilogue == Epilogue::kSiluGate || kEpilogue == Epilogue::kLogits;
-    const int grid = p.units < device.num_sms ? p.units : device.num_sms;
-    const int units_per_block = (p.units + grid - 1) / grid;
-    const int tiles = (units_per_block + kUnitsPerTile - 1) / kUnitsPerTile;
-    const bool is_small = static_cast<int64_t>(units_per_block) * (kUnitsPerTile == 8 ? 4 : 2) * p.k <= kSmallBlockBytes;
-    p.tile_units = (units_per_block + tiles - 1) / tiles;
-    p.trigger = kTriggerChunks;
-
-    int32_t status = QWEN_RT_OK;
-#define QWEN_RT_TRY(n_tiles, m_tiles, stages) \
-    if (try_variant<kEpilogue, kNorm, n_tiles, m_tiles, stages>(call, device, grid, p, &status)) return status
-    if (p.rows <= 8) {
-        if (tiles > 1) {
-            if (is_small) QWEN_RT_TRY(1, 2, 3);
-            if (tiles <= (kMany ? 12 : 3)) QWEN_RT_TRY(1, 3, 4);
-            if (!kMany && tiles > 3) QWEN_RT_TRY(1, 1, 10);
-            QWEN_RT_TRY(1, 2, 5);
-        }
-        QWEN_RT_TRY(1, 1, kNorm ? 5 : 6);
-        QWEN_RT_TRY(1, 1, 3);
-    } else if (p.rows <= 16) {
-        if (tiles > 1) QWEN_RT_TRY(2, 3, 3);
-        QWEN_RT_TRY(2, 1, 3);
-        QWEN_RT_TRY(2, 1, 2);
-    } else if (p.rows <= 32) {
-        QWEN_RT_TRY(4, 3, 2);
-        QWEN_RT_TRY(4, 1, 1);
-    } else {
-        QWEN_RT_TRY(8, 2, 2);
-        QWEN_RT_TRY(8, 1, 1);
-    }
-#undef QWEN_RT_TRY
-    return refuse(call, QWEN_RT_UNSUPPORTED, "rows=%d, k=%d need more shared memory than the %d bytes of this GPU's blocks",
-                  p.rows, p.k, device.max_shared_bytes);
 }
 
 }  // namespace qwen_rt

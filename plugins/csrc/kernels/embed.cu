@@ -10,7 +10,8 @@
 // Mapping: one block per row, 16 bytes per thread and turn.
 // Overlap: the first kernel of a step. It lets the next kernel start only after its own wait: so every kernel behind it may
 //   read, before waiting, what the step before wrote (positions, block tables, the KV cache's earlier tokens).
-// Preconditions (the launcher checks): hidden a multiple of 8, 16-byte aligned pointers.
+// Preconditions (the launcher checks): hidden a multiple of 8, 16-byte aligned table and out. Any number of
+//   rows.
 // Cost: 4 · rows · hidden bytes; bound by latency.
 // Reference: benchmarks/kernel_references.py::embed; test: tests/plugins/test_kernels_gpu.py; bench:
 //   benchmarks/bench_kernels.py.

@@ -1,0 +1,287 @@
+"""Times whole models on one GPU, against the read bandwidth measured in the same run.
+
+    qwen-rt bench latency 1.5b 7b
+    qwen-rt bench latency BUNDLE --rows 1 16 --prompts 128 6144
+
+A model is a shape with random weights, made on the device (its graph comes from a checkpoint of sparse files), or a
+bundle of target cuda, whose files are read once before, so that its load is one from page cache. Before anything is
+timed, the greedy tokens of decode steps are compared with those that a prefill of the same tokens chooses: two ways
+through the model that share no matrix kernel.
+
+Rows of `latency.jsonl`, by `settings.what`:
+    decode     one for each point: ms a token as the engine gets them, the step alone on the device, the ratio to the
+               floor (bytes of all linear weights and the LM head over the bandwidth; `_with_kv`: and of the keys and
+               values), tok/s of all rows, host µs of a step
+    prefill    one for each prompt: ms from its start to the first token, TFLOP/s, and the rate of a product of 8192³
+    session    one: seconds to load, memory by use, and what the driver says that it lost
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen_rt.benchmarks import harness
+from qwen_rt.benchmarks.checkpoints import write_sparse
+from qwen_rt.benchmarks.kernel_shapes import SHAPES, ModelShape
+from qwen_rt.benchmarks.latency import (
+    Plan,
+    TimedSession,
+    check_tokens,
+    decode_metrics,
+    prefill_metrics,
+    session_metrics,
+    time_steps,
+)
+from qwen_rt.benchmarks.latency_report import draw_latency, latency_text, load_pyplot
+from qwen_rt.benchmarks.measure import gpu_read_bandwidth, matrix_rate_of_child
+from qwen_rt.bundle import Bundle
+from qwen_rt.checkpoint import Checkpoint
+from qwen_rt.errors import UsageError
+from qwen_rt.machine import Started, gpu_probe_command, read_gpus
+from qwen_rt.plugins.library import load
+from qwen_rt.progress import Progress, progress
+from qwen_rt.runtime.cuda.cudart import Cudart
+
+__all__ = ["Gpu", "Model", "Plan", "find_model", "measure", "open_gpu", "run"]
+
+Write = Callable[[dict[str, Any], dict[str, Any], dict[str, Any]], None]
+"""Takes metrics, settings and check, and makes a row."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The opened device, its kernels, and what was measured of it: bytes and bf16 operations a second."""
+
+    cuda: Cudart
+    library: Path
+    versions: Mapping[str, str]
+    name: str
+    bandwidth: float
+    matrix_rate: float | None
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a row says of it."""
+        rate = {} if self.matrix_rate is None else {"matrix_tflop_s": round(self.matrix_rate / 1e12, 1)}
+        memory_gb = round(self.cuda.memory_info()[1] / 1e9, 1)
+        return {"name": self.name, "memory_gb": memory_gb, "read_gb_s": round(self.bandwidth / 1e9, 1)} | rate
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is to be timed.
+
+    Attributes:
+        name: As in the rows.
+        shape: Its sizes.
+        source: `random` or `bundle`.
+        start: Loads it on a GPU; gives the session, and the seconds that it took.
+    """
+
+    name: str
+    shape: ModelShape
+    source: str
+    start: Callable[[Gpu, Plan], contextlib.AbstractContextManager[tuple[TimedSession, float]]]
+
+
+def open_gpu(device: int, *, with_matrix_rate: bool) -> Gpu:
+    """Open a device, find the plugin library for it, and measure bandwidth and matrix rate.
+
+    Raises:
+        MissingDependencyError: No driver, GPU, CUDA runtime or plugin library; the message says how to get it.
+        UsageError: No GPU of that number.
+    """
+    cuda = Cudart()
+    sm = cuda.open_device(device)
+    library = load(sm=sm)
+    gpus = read_gpus(Started(gpu_probe_command()))
+    name = gpus.gpus[device].name if device < len(gpus.gpus) else f"GPU of SM {sm}"
+    runtime = cuda.runtime_version
+    used = {
+        "driver": gpus.driver or "unknown",
+        "cuda": f"{runtime // 1000}.{runtime % 1000 // 10}",
+        "nvcc": library.build_info.get("nvcc", "unknown"),
+        "plugins": library.build_info.get("sources", "unknown"),
+    }
+    rate = matrix_rate_of_child(device) if with_matrix_rate else None
+    return Gpu(cuda, library.path, used, name, gpu_read_bandwidth(cuda, library), rate)
+
+
+def find_model(name: str, layers: int | None, device: int, quiet: bool = False) -> Model:
+    """Find a named shape or a bundle; opens no device.
+
+    Raises:
+        UsageError: Neither, layers of a bundle, or a bundle of another target.
+        BundleError: A bundle that is not whole.
+    """
+    if name in SHAPES:
+        shape = SHAPES[name].with_layers(layers)
+        full = name if shape == SHAPES[name] else f"{name}-{shape.layers}-layers"
+        return Model(full, shape, "random", functools.partial(_start_random, shape, device, quiet))
+    if layers is not None:
+        raise UsageError(f"--layers {layers} with {name}", f"one of {', '.join(SHAPES)}", "bundles have their layers")
+    if not Path(name).exists():
+        raise UsageError(f"model {name!r}", f"one of {', '.join(SHAPES)}, or a bundle", "check the name or the path")
+    bundle = Bundle.open(name)
+    if bundle.manifest.target != "cuda":
+        raise UsageError(f"{name} is of target {bundle.manifest.target}", "target cuda", "build it with --target cuda")
+    shape = ModelShape.from_spec(bundle.manifest.model)
+    known = next((key for key, value in SHAPES.items() if value == shape), Path(name).resolve().name)
+    return Model(known, shape, "bundle", functools.partial(_start_bundle, bundle, device, quiet))
+
+
+@contextlib.contextmanager
+def _start_random(
+    shape: ModelShape, device: int, quiet: bool, gpu: Gpu, plan: Plan
+) -> Iterator[tuple[TimedSession, float]]:
+    from qwen_rt.export.lower import cuda_graph_bytes
+    from qwen_rt.runtime.cuda.session import CudaSession
+    from qwen_rt.runtime.cuda.weights import RandomWeights
+
+    with tempfile.TemporaryDirectory(prefix="qwen-rt-bench-") as folder:
+        write_sparse(Path(folder), shape.config(), num_shards=4)
+        checkpoint = Checkpoint.open(folder)
+        graph = cuda_graph_bytes(checkpoint, plan.max_length)
+    start = time.perf_counter()
+    with CudaSession.from_graph(
+        graph,
+        checkpoint.spec,
+        plan.max_length,
+        weights=RandomWeights(gpu.library),
+        device=device,
+        max_rows=plan.max_rows,
+        kv_memory=plan.kv_bytes(checkpoint.spec),
+        quiet=quiet,
+    ) as session:
+        yield session, time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def _start_bundle(
+    bundle: Bundle, device: int, quiet: bool, gpu: Gpu, plan: Plan
+) -> Iterator[tuple[TimedSession, float]]:
+    from qwen_rt.runtime.cuda.session import CudaSession
+
+    if plan.max_length > bundle.manifest.max_length:
+        raise UsageError(
+            f"{bundle.path.name} reaches {bundle.manifest.max_length} positions",
+            f"{plan.max_length} for these prompts",
+            "shorten --prompts and --ttft, or build it with a larger --max-length",
+        )
+    read_files(list(bundle.weight_files.values()), quiet)
+    kv_memory = plan.kv_bytes(bundle.manifest.model)
+    start = time.perf_counter()
+    with CudaSession(bundle, device=device, max_rows=plan.max_rows, kv_memory=kv_memory, quiet=quiet) as session:
+        yield session, time.perf_counter() - start
+
+
+def read_files(files: Sequence[Path], quiet: bool) -> None:
+    """Read files into the page cache."""
+    with progress(sum(file.stat().st_size for file in files), "page cache", "B", quiet=quiet) as advance:
+        for file in files:
+            with file.open("rb", buffering=0) as stream:
+                while count := len(stream.read(64 << 20)):
+                    advance.update(count)
+
+
+def measure(model: Model, plan: Plan, gpu: Gpu, write: Write, *, quiet: bool = False) -> None:
+    """Load, check and time one model.
+
+    Args:
+        model: From `find_model`.
+        plan: What is timed.
+        gpu: From `open_gpu`.
+        write: Gets every figure as soon as it is there.
+        quiet: No progress on stderr.
+
+    Raises:
+        VerificationError: The check failed; nothing was written.
+        CapacityError: It does not fit.
+    """
+    settings = {"model": model.name, "weights": "bf16", "source": model.source, "layers": model.shape.layers}
+    free_before, _ = gpu.cuda.memory_info()
+    with model.start(gpu, plan) as (session, load_s):
+        check = check_tokens(session)
+        host_us: list[float] = []
+        count = len(plan.points) + len(plan.first_token_prompts)
+        with Progress(count, f"{model.name} points", quiet=quiet) as done:
+            for rows, prompt in plan.points:
+                device_ms = session.time_decode(rows, prompt, plan.steps)
+                samples, step_us = time_steps(session, rows, prompt, plan.steps)
+                host_us.append(step_us)
+                metrics = decode_metrics(model.shape, rows, prompt, samples, device_ms, step_us, gpu.bandwidth)
+                write(metrics, settings | {"what": "decode", "rows": rows, "prompt": prompt}, check)
+                done.update()
+            for prompt in plan.first_token_prompts:
+                samples = session.time_prefill(prompt, plan.repeats)
+                metrics = prefill_metrics(model.shape, prompt, samples, gpu.matrix_rate)
+                write(metrics, settings | {"what": "prefill", "prompt": prompt}, check)
+                done.update()
+        driver_bytes = free_before - gpu.cuda.memory_info()[0]
+        rate = session.load_stats.gb_s if model.source == "bundle" else None
+        metrics = session_metrics(session.memory_report(), driver_bytes, load_s, rate, host_us)
+        write(metrics, settings | {"what": "session", "max_length": plan.max_length}, check)
+
+
+def run(
+    names: Sequence[str],
+    plan: Plan,
+    *,
+    layers: int | None = None,
+    device: int = 0,
+    output: Path | None = None,
+    picture: Path | None = None,
+    quiet: bool = False,
+) -> None:
+    """Time models one after another; print a table of each and append its rows.
+
+    Args:
+        names: Shapes and bundles.
+        plan: What is timed.
+        layers: Of shapes, if fewer than they have.
+        device: The GPU's number.
+        output: The file of rows; None writes none.
+        picture: A drawing of the ratios, .svg or .png.
+        quiet: No progress on stderr.
+
+    Raises:
+        QwenRtError: Something is absent, does not fit or is not correct; one line.
+    """
+    models = [find_model(name, layers, device, quiet) for name in names]
+    if picture is not None and picture.suffix not in (".svg", ".png"):
+        raise UsageError(f"--picture {picture.name}", "a name ending in .svg or .png", "rename it")
+    if picture is not None:
+        load_pyplot()  # what is missing is told before an hour of timing, not after it
+    gpu = open_gpu(device, with_matrix_rate=bool(plan.first_token_prompts))
+    described = gpu.describe()
+    run_name = harness.new_run()
+    rows: list[dict[str, Any]] = []
+
+    def write(metrics: dict[str, Any], settings: dict[str, Any], check: dict[str, Any]) -> None:
+        rows.append(
+            harness.make_row(
+                "latency",
+                "qwen-rt",
+                metrics,
+                settings,
+                check=check,
+                run=run_name,
+                used=harness.versions("onnxruntime-gpu") | dict(gpu.versions),
+                gpu=described,
+            )
+        )
+        if output is not None:
+            harness.append_row(rows[-1], output)
+
+    for model in models:
+        first = len(rows)
+        measure(model, plan, gpu, write, quiet=quiet)
+        print(latency_text(rows[first:]), flush=True)
+    if picture is not None:
+        draw_latency(rows, picture)

@@ -1,0 +1,287 @@
+"""What a run of `bench_latency` is made of: the points, the check before the timing, the arithmetic of the figures."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Protocol
+
+import numpy as np
+
+from qwen_rt.benchmarks import harness
+from qwen_rt.benchmarks.kernel_shapes import ModelShape
+from qwen_rt.errors import VerificationError
+from qwen_rt.ops import BLOCK_SIZE
+from qwen_rt.runtime.cuda.memory import MemoryReport
+from qwen_rt.runtime.cuda.weights import LoadStats
+from qwen_rt.runtime.executor import PagedExecutor, RowState
+from qwen_rt.runtime.sampling_params import SamplingParams
+from qwen_rt.spec import ModelSpec
+
+__all__ = [
+    "BASE_PROMPT",
+    "Plan",
+    "TimedSession",
+    "check_tokens",
+    "decode_metrics",
+    "prefill_metrics",
+    "session_metrics",
+    "time_steps",
+]
+
+_NO_NUMBER = "no figure without a correct model: run the tests marked gpu"
+
+BASE_PROMPT = 128
+"""Prompt at which rows are compared."""
+
+CHECK_STEPS = 16
+TIE = 0.5
+"""Log probability that the token of a decode step may lie below the prefill's best one, and be taken for a tie.
+
+The logits of random bf16 weights spread by about 1, the two paths differ by some 0.03 of that after tens of layers, and
+the best of 150,000 leads by 0.2 on average: ties do occur, ten times that error does not.
+"""
+MIN_EQUAL_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is timed.
+
+    Attributes:
+        rows: Rows that decode at once, each with a prompt of `BASE_PROMPT` tokens.
+        prompts: Lengths, each with the fewest of `rows`.
+        first_token_prompts: Prompts whose time to the first token is taken.
+        steps: Decode steps of a point.
+        repeats: Prefills of a prompt.
+    """
+
+    rows: tuple[int, ...]
+    prompts: tuple[int, ...]
+    first_token_prompts: tuple[int, ...] = ()
+    steps: int = 64
+    repeats: int = 5
+
+    @property
+    def points(self) -> tuple[tuple[int, int], ...]:
+        """(rows, prompt) of every decode point, none twice."""
+        by_rows = [(rows, BASE_PROMPT) for rows in self.rows]
+        return tuple(dict.fromkeys(by_rows + [(min(self.rows), prompt) for prompt in self.prompts]))
+
+    @property
+    def max_length(self) -> int:
+        """Positions that a row needs at most: whole blocks, with room for steps that warm up."""
+        longest = max(*(prompt for _, prompt in self.points), *self.first_token_prompts, 2 * BASE_PROMPT)
+        return -(-(longest + 2 * self.steps + BLOCK_SIZE) // BLOCK_SIZE) * BLOCK_SIZE
+
+    @property
+    def max_rows(self) -> int:
+        """Rows that the session must take; the check needs two."""
+        return max(*self.rows, 2)
+
+    def kv_bytes(self, spec: ModelSpec) -> int:
+        """Bytes of a cache that holds the largest point, and the scratch block."""
+
+        def blocks(prompt: int) -> int:
+            return -(-(prompt + 2 * self.steps + BLOCK_SIZE) // BLOCK_SIZE)
+
+        most = max(rows * blocks(prompt) for rows, prompt in self.points)
+        num_blocks = 1 + max(most, self.max_length // BLOCK_SIZE)
+        return num_blocks * BLOCK_SIZE * spec.kv_bytes_per_token("bfloat16")
+
+
+class TimedSession(PagedExecutor, Protocol):
+    """What is timed: `qwen_rt.runtime.cuda.session.CudaSession`."""
+
+    host_seconds: float
+    steps: int
+
+    def time_decode(self, rows: int, prompt: int, steps: int) -> list[float]:
+        """Return the ms of each step."""
+        ...
+
+    def time_prefill(self, tokens: int, repeats: int) -> list[float]:
+        """Return the ms of each prefill, the first token chosen."""
+        ...
+
+    @property
+    def load_stats(self) -> LoadStats:
+        """How the weights were loaded."""
+        ...
+
+    def memory_report(self) -> MemoryReport:
+        """Return bytes by use."""
+        ...
+
+
+def check_tokens(session: PagedExecutor, steps: int = CHECK_STEPS) -> dict[str, Any]:
+    """Compare the greedy tokens of decode steps with those of prefills of the same tokens.
+
+    Args:
+        session: Random or real weights.
+        steps: Tokens of each of two sequences.
+
+    Returns:
+        What a row says of its check.
+
+    Raises:
+        VerificationError: A log probability is not finite, or the tokens differ by more than ties.
+    """
+    rng = np.random.default_rng(0)
+    params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=steps, logprobs=20)
+    lengths = (BLOCK_SIZE + 6, 33)
+    blocks_per_row = -(-(max(lengths) + steps) // BLOCK_SIZE)
+
+    def state(index: int, prompt: Sequence[int]) -> RowState:
+        first = 1 + index * blocks_per_row
+        return RowState(tuple(prompt), params, 0, tuple(range(first, first + blocks_per_row)))
+
+    rows = [state(i, rng.integers(0, session.spec.vocab_size, n).tolist()) for i, n in enumerate(lengths)]
+    for row in rows:
+        row.output_ids.append(_prefill(session, row)[0])
+    session.set_rows(rows)
+    for _ in range(steps - 1):
+        result = session.wait_step(session.launch_step())
+        for row, token, logprobs in zip(rows, result.token_ids.tolist(), result.logprobs, strict=True):
+            if logprobs is None or not np.isfinite(logprobs.logprob):
+                raise VerificationError("a decode step gave logits that are not finite", "finite ones", _NO_NUMBER)
+            row.output_ids.append(token)
+    num_equal, gaps = 0, []
+    for index, row in enumerate(rows):
+        for count in range(1, steps):
+            token, top = _prefill(session, state(index, [*row.prompt_ids, *row.output_ids[:count]]))
+            num_equal += token == row.output_ids[count]
+            gaps.append(max(top.values()) - top.get(row.output_ids[count], -np.inf))
+    share = num_equal / len(gaps)
+    if share < MIN_EQUAL_SHARE or max(gaps) > TIE:
+        raise VerificationError(
+            f"of {len(gaps)} decode steps {num_equal} chose the token that a prefill chooses, the worst one lies "
+            f"{max(gaps):.3g} below it",
+            f"{MIN_EQUAL_SHARE:.0%} equal, the others ties within {TIE}",
+            _NO_NUMBER,
+        )
+    what = f"greedy tokens of {len(gaps)} decode steps against prefills of the same tokens"
+    return {"passed": True, "what": what, "equal_share": round(share, 4), "worst_tie": round(float(max(gaps)), 4)}
+
+
+def _prefill(session: PagedExecutor, row: RowState) -> tuple[int, dict[int, float]]:
+    """Feed a prompt in chunks; return the first token, and the log probability of each of the best ones."""
+    ids = np.array(row.prompt_ids, np.int64)
+    starts = range(0, len(ids), session.chunk_tokens)
+    result = None
+    for start in starts:
+        chunk = ids[start : start + session.chunk_tokens]
+        result = session.prefill(row, chunk, start, is_last=start == starts[-1])
+    logprobs = None if result is None else result.logprobs[0]
+    if result is None or logprobs is None or not np.isfinite(logprobs.top_logprobs).all():
+        raise VerificationError("a prefill gave logits that are not finite", "finite ones", _NO_NUMBER)
+    return int(result.token_ids[0]), dict(zip(logprobs.top_ids.tolist(), logprobs.top_logprobs.tolist(), strict=True))
+
+
+def time_steps(
+    session: TimedSession, rows: int, prompt: int, steps: int, warm_up: int = 4
+) -> tuple[list[float], float]:
+    """Time decode steps as the engine runs them: one is launched before the one before it is read.
+
+    Args:
+        session: What happens to be in its cache is taken for the prompt.
+        rows: Decode rows.
+        prompt: Tokens of each row before the first step.
+        steps: How many are timed.
+        warm_up: Steps before those.
+
+    Returns:
+        Milliseconds from one step's tokens to the next's, on the host's clock; and the host's µs of a step.
+    """
+    count = warm_up + steps
+    each = -(-(prompt + count + 2) // BLOCK_SIZE)
+    params = SamplingParams(temperature=0.0, ignore_eos=True)
+    ids = tuple(token % session.spec.vocab_size for token in range(prompt))
+    states = [RowState(ids, params, 0, tuple(range(1 + i * each, 1 + (i + 1) * each)), [0]) for i in range(rows)]
+    session.set_rows(states)
+    under_way = session.launch_step()
+    times, host_seconds = [], 0.0
+    for index in range(count):
+        following = session.launch_step()
+        session.wait_step(under_way)
+        times.append(perf_counter())
+        if index == warm_up - 1:
+            host_seconds = session.host_seconds
+        under_way = following
+    spent = session.host_seconds - host_seconds
+    session.wait_step(under_way)
+    samples = [1e3 * (after - before) for before, after in itertools.pairwise(times[warm_up - 1 :])]
+    return samples, 1e6 * spent / steps
+
+
+def decode_metrics(
+    shape: ModelShape,
+    rows: int,
+    prompt: int,
+    samples_ms: Sequence[float],
+    device_ms: Sequence[float],
+    host_us: float,
+    bandwidth: float,
+) -> dict[str, Any]:
+    """Return the metrics of a decode point.
+
+    Args:
+        shape: The model; its weights are stored as bf16.
+        rows: Decode rows.
+        prompt: Tokens of every row before the first step.
+        samples_ms: Time of each step on the host's clock.
+        device_ms: Time of each step on the device's, launched back to back.
+        host_us: What the host spent on a step.
+        bandwidth: Bytes a second of plain reads, measured in this run.
+    """
+    itl_ms = harness.percentile(samples_ms, 0.5)
+    floor_ms = shape.floor_bytes / bandwidth * 1e3
+    with_kv_ms = floor_ms + shape.kv_bytes(rows * (prompt + 1)) / bandwidth * 1e3
+    return {
+        "itl_ms": harness.summarize(samples_ms, 5),
+        "device_ms": harness.summarize(device_ms, 5),
+        "floor_ms": floor_ms,
+        "floor_with_kv_ms": with_kv_ms,
+        "itl_to_floor_ratio": itl_ms / floor_ms,
+        "itl_to_floor_with_kv_ratio": itl_ms / with_kv_ms,
+        "decode_tok_s": rows * 1e3 / itl_ms,
+        "host_us": host_us,
+    }
+
+
+def prefill_metrics(
+    shape: ModelShape, tokens: int, samples_ms: Sequence[float], matrix_rate: float | None
+) -> dict[str, Any]:
+    """Return the metrics of a prefill; `matrix_rate` is in operations a second."""
+    rate = shape.prefill_flops(tokens) / (harness.percentile(samples_ms, 0.5) * 1e-3)
+    metrics: dict[str, Any] = {"first_token_ms": harness.summarize(samples_ms, 5), "prefill_tflop_s": rate / 1e12}
+    if matrix_rate is not None:
+        metrics |= {"matrix_tflop_s": matrix_rate / 1e12, "share_of_matrix_ratio": rate / matrix_rate}
+    return metrics
+
+
+def session_metrics(
+    report: MemoryReport, driver_bytes: int, load_s: float, weights_load_gb_s: float | None, host_us: Sequence[float]
+) -> dict[str, Any]:
+    """Return the metrics of a session.
+
+    Args:
+        report: Its memory report: bytes by use, and `total`.
+        driver_bytes: What the driver had less after loading than before.
+        load_s: Seconds until the session was there.
+        weights_load_gb_s: Rate at which files became weights on the device; None where they are random.
+        host_us: Host time of a step at every timed point.
+    """
+    uses = ("weights", "kv_cache", "workspace", "buffers", "runtime")
+    metrics: dict[str, Any] = {"load_s": load_s}
+    if weights_load_gb_s is not None:
+        metrics["weights_load_gb_s"] = weights_load_gb_s
+    metrics |= {f"{use}_gb": getattr(report, use) / 1e9 for use in uses}
+    metrics |= {
+        "total_gb": report.total / 1e9,
+        "driver_gb": driver_bytes / 1e9,
+        "memory_difference_ratio": abs(report.total - driver_bytes) / max(1, driver_bytes),
+    }
+    return metrics | ({"slowest_host_us": max(host_us)} if host_us else {})

@@ -1,0 +1,175 @@
+"""The rows of `latency.jsonl` as text, as Markdown and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen_rt.benchmarks.harness import number_of
+from qwen_rt.errors import MissingDependencyError, UsageError
+
+__all__ = ["draw_latency", "gpu_line", "latency_tables", "latency_text", "load_pyplot"]
+
+Row = Mapping[str, Any]
+
+# By `settings.what`: settings, then metrics, each with its title.
+_SECTIONS: dict[str, tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]] = {
+    "decode": (
+        (("model", "model"), ("source", "from"), ("rows", "rows"), ("prompt", "prompt")),
+        (
+            ("itl_ms", "ms a token"),
+            ("device_ms", "device, ms"),
+            ("floor_ms", "floor, ms"),
+            ("itl_to_floor_ratio", "× floor"),
+            ("itl_to_floor_with_kv_ratio", "× floor with KV"),
+            ("decode_tok_s", "tok/s"),
+            ("host_us", "host, µs"),
+        ),
+    ),
+    "prefill": (
+        (("model", "model"), ("source", "from"), ("prompt", "prompt")),
+        (
+            ("first_token_ms", "first token, ms"),
+            ("prefill_tflop_s", "TFLOP/s"),
+            ("matrix_tflop_s", "8192³, TFLOP/s"),
+            ("share_of_matrix_ratio", "share"),
+        ),
+    ),
+    "session": (
+        (("model", "model"), ("source", "from")),
+        (
+            ("load_s", "load, s"),
+            ("weights_load_gb_s", "weights, GB/s"),
+            ("weights_gb", "weights, GB"),
+            ("kv_cache_gb", "KV cache, GB"),
+            ("workspace_gb", "workspace, GB"),
+            ("buffers_gb", "buffers, GB"),
+            ("runtime_gb", "runtime, GB"),
+            ("total_gb", "sum, GB"),
+            ("driver_gb", "driver, GB"),
+            ("memory_difference_ratio", "difference"),
+        ),
+    ),
+}
+
+
+def _show(value: object) -> str:
+    if value is None:
+        return "–"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _sections(rows: Sequence[Row]) -> list[tuple[list[str], int, list[list[str]]]]:
+    """Return titles, the number of columns that are text, and cells, for each kind of row that there is."""
+    found = []
+    for what, (settings, metrics) in _SECTIONS.items():
+        chosen = [row for row in rows if row["settings"].get("what") == what]
+        if not chosen:
+            continue
+        used = [(name, title) for name, title in metrics if any(name in row["metrics"] for row in chosen)]
+        cells = [
+            [str(row["settings"].get(name, "–")) for name, _ in settings]
+            + [_show(number_of(row, name)) for name, _ in used]
+            for row in chosen
+        ]
+        found.append(([title for _, title in (*settings, *used)], 2, cells))
+    return found
+
+
+def gpu_line(gpu: Mapping[str, Any]) -> str:
+    """Return what was measured of a GPU, as a row describes it."""
+    rate = f", bf16 products of 8192³ {gpu['matrix_tflop_s']:.0f} TFLOP/s" if "matrix_tflop_s" in gpu else ""
+    return f"{gpu['name']}: reads {gpu['read_gb_s'] / 1e3:.3f} TB/s{rate}"
+
+
+def latency_text(rows: Sequence[Row]) -> str:
+    """Return aligned tables for a terminal, under a line about the GPU.
+
+    Args:
+        rows: Of one run.
+    """
+    blocks = [gpu_line(rows[0]["device"]["gpu"])]
+    for titles, num_texts, cells in _sections(rows):
+        widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if index < num_texts else cell.rjust(width)
+                for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in (titles, *cells)
+        ]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def latency_tables(rows: Sequence[Row]) -> str:
+    """Return Markdown tables, one for each kind of row."""
+    tables = []
+    for titles, num_texts, cells in _sections(rows):
+        rule = "|---" * num_texts + "|--:" * (len(titles) - num_texts) + "|"
+        first, *rest = ("| " + " | ".join(line) + " |" for line in (titles, *cells))
+        tables.append("\n".join([first, rule, *rest]))
+    return "\n\n".join(tables) + "\n"
+
+
+def load_pyplot() -> Any:
+    """Import matplotlib for files, without a display.
+
+    Raises:
+        MissingDependencyError: It is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        fix = 'pip install "qwen-rt[bench]"'
+        raise MissingDependencyError("matplotlib is not installed", fix=fix) from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def draw_latency(rows: Sequence[Row], file: Path) -> None:
+    """Draw the ratio to the floor by rows, and that to the floor with keys and values by prompt; a line for each model.
+
+    Args:
+        rows: Any; decode rows are drawn.
+        file: .svg or .png.
+
+    Raises:
+        UsageError: No decode row.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    decode = [row for row in rows if row["settings"].get("what") == "decode"]
+    if not decode:
+        raise UsageError("no decode rows to draw", "rows of `qwen-rt bench latency`", "run it first")
+    pyplot = load_pyplot()
+    figure, (by_rows, by_prompt) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    base = {row["settings"]["prompt"] for row in decode if row["settings"]["rows"] > 1}
+    fewest = min(row["settings"]["rows"] for row in decode)
+    _lines(by_rows, decode, "rows", "itl_to_floor_ratio", lambda s: not base or s["prompt"] in base)
+    _lines(by_prompt, decode, "prompt", "itl_to_floor_with_kv_ratio", lambda s: s["rows"] == fewest)
+    by_rows.set(xlabel="rows", ylabel="ms a token / floor")
+    by_prompt.set(xlabel="tokens of the prompt", ylabel="ms a token / floor with keys and values")
+    for axes in (by_rows, by_prompt):
+        axes.axhline(1.0, color="#5a6468", linewidth=0.8, linestyle=":")
+        axes.set_ylim(bottom=0.9)
+        axes.spines[["top", "right"]].set_visible(False)
+    by_rows.set_xscale("log", base=2)
+    by_rows.legend(frameon=False)
+    # Without a date in it, the same rows give the same file.
+    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+    pyplot.close(figure)
+
+
+def _lines(
+    axes: Any, rows: Sequence[Row], setting: str, metric: str, wanted: Callable[[Mapping[str, Any]], bool]
+) -> None:
+    for model in dict.fromkeys(row["settings"]["model"] for row in rows):
+        chosen = [row for row in rows if row["settings"]["model"] == model and wanted(row["settings"])]
+        points = sorted((row["settings"][setting], number_of(row, metric)) for row in chosen)
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=model)

@@ -1,0 +1,70 @@
+"""The graph of a target: a portable graph lowered, as an object or as bytes. Reads no weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from qwen_rt.checkpoint import Checkpoint
+from qwen_rt.export.passes.lower_cpu import lower_cpu
+from qwen_rt.export.passes.lower_cuda import check_cuda_shapes, lower_cuda
+from qwen_rt.export.portable import WeightLocation, checkpoint_locations, portable_graph
+
+__all__ = ["COMPUTE_DTYPES", "cuda_graph_bytes", "graph_bytes", "lowered_graph"]
+
+COMPUTE_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+"""Target → dtype of its activations and its KV cache."""
+
+_LOWERINGS = {"cpu": lower_cpu, "cuda": lower_cuda}
+
+
+def lowered_graph(
+    checkpoint: Checkpoint,
+    target: str,
+    max_length: int,
+    locations: Mapping[str, WeightLocation],
+    exported: ir.Model | None = None,
+) -> ir.Model:
+    """Make the graph of a target.
+
+    Args:
+        checkpoint: The model.
+        target: A key of `COMPUTE_DTYPES`.
+        max_length: Positions that the graph can reach.
+        locations: Where each parameter's bytes lie, in the dtype in which the target wants them stored.
+        exported: A portable graph of this model, to be taken instead of tracing one; changed in place.
+
+    Returns:
+        A graph with the inputs and outputs of that target in `qwen_rt.tensors`. It is lowered from a float32 graph,
+        into which a graph of any dtype can be turned: equal models give equal graphs whatever they began as.
+
+    Raises:
+        GraphError: `exported` is not the portable graph of this model.
+    """
+    model = portable_graph(checkpoint, "float32", locations, exported)
+    return _LOWERINGS[target](model, checkpoint.spec, max_length)
+
+
+def graph_bytes(model: ir.Model) -> bytes:
+    """Serialize a graph; equal graphs give equal bytes."""
+    data: bytes = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
+    return data
+
+
+def cuda_graph_bytes(checkpoint: Checkpoint, max_length: int) -> bytes:
+    """Make the graph of target `cuda` for a checkpoint stored as bfloat16, without a bundle around it.
+
+    Args:
+        checkpoint: The model; its shards may be sparse, since no weight is read and nothing is hashed.
+        max_length: Positions that the graph can reach.
+
+    Returns:
+        The serialized graph. Its weights are references by file name into the checkpoint's shards.
+
+    Raises:
+        GraphError: A weight is not stored as bfloat16.
+        UnsupportedModelError: The kernels do not take the model's shape.
+    """
+    check_cuda_shapes(checkpoint.spec)
+    return graph_bytes(lowered_graph(checkpoint, "cuda", max_length, checkpoint_locations(checkpoint)))

@@ -1,0 +1,232 @@
+"""The lowering for our own CUDA kernels: five plugin ops a layer, and a paged cache."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from qwen_rt import tensors
+from qwen_rt.errors import GraphError, UnsupportedModelError
+from qwen_rt.export.passes.decoder import EMBEDDING, match_decoder
+from qwen_rt.export.passes.plugin_node import OPSET_VERSION, plugin_node
+from qwen_rt.ops import BLOCK_SIZE, DOMAIN
+from qwen_rt.spec import ModelSpec
+
+__all__ = ["LAYER_OPS", "check_cuda_shapes", "lower_cuda"]
+
+LAYER_OPS = (
+    "rmsnorm_qkv",
+    "rope_kv_append_attention",
+    "o_proj_residual",
+    "rmsnorm_gate_up_silu",
+    "down_residual",
+)
+"""The ops of a decoder layer, in order. Before the first layer stands `embed`, after the last `lm_head`."""
+
+_HEAD_DIMS = (64, 128)
+_MAX_GROUP = 16
+_COLUMNS = 64
+
+
+def check_cuda_shapes(spec: ModelSpec) -> None:
+    """Refuse a model of a shape that the kernels do not take, before a bundle is written that cannot run.
+
+    Raises:
+        UnsupportedModelError: head_dim is neither 64 nor 128, more than 16 heads share a key/value head, or a width
+            is no multiple of 64. No released Qwen2 is such a model.
+    """
+    fix = "build with --target cpu"
+    if spec.head_dim not in _HEAD_DIMS:
+        raise UnsupportedModelError(f"head_dim={spec.head_dim} for target cuda", "64 or 128", fix)
+    group = spec.num_heads // spec.num_kv_heads
+    if group > _MAX_GROUP:
+        raise UnsupportedModelError(
+            f"{group} heads on each key/value head for target cuda", f"at most {_MAX_GROUP}", fix
+        )
+    for name, width in (("hidden_size", spec.hidden_size), ("intermediate_size", spec.intermediate_size)):
+        if width % _COLUMNS:
+            raise UnsupportedModelError(f"{name}={width} for target cuda", f"a multiple of {_COLUMNS}", fix)
+
+
+def lower_cuda(model: ir.Model, spec: ModelSpec, max_length: int) -> ir.Model:
+    """Lower a portable graph to the ops of `qwen_rt.ops`, computing in bfloat16.
+
+        input_ids ─ embed ─ L × ( rmsnorm_qkv ─ rope_kv_append_attention ─ o_proj_residual ─
+                                  rmsnorm_gate_up_silu ─ down_residual ) ─ lm_head ─ logits
+
+    The new graph is written from the table, not edited out of the old one, which is first held against the spec node
+    by node (`match_decoder`): so nothing of it can get lost.
+
+    Args:
+        model: A portable graph in any compute dtype, its weights stored as bfloat16; not changed.
+        spec: The model's hyperparameters.
+        max_length: Positions that the bundle can reach, at least 1.
+
+    Returns:
+        A new model with the inputs and outputs of target `cuda` in `qwen_rt.tensors`. Weights are the initializers of
+        the old one: external references stay what they are.
+
+    Raises:
+        GraphError: The graph is not the portable graph of this model, or a weight is not bfloat16.
+    """
+    weights = {name: _weight(name, value) for name, value in match_decoder(model, spec).items()}
+    lowered = _Emitter(spec, max_length, weights).run()
+    _check_ops(lowered, spec.num_layers)
+    return lowered
+
+
+def _weight(name: str, value: ir.Value) -> ir.Value:
+    """An initializer for the new graph on the same bytes."""
+    if value.dtype != ir.DataType.BFLOAT16:
+        raise GraphError(f"weight {name} is stored as {value.dtype}", "BFLOAT16", "build with --precision bf16")
+    return ir.Value(name=name, type=value.type, shape=value.shape, const_value=value.const_value)
+
+
+def _graph_input(name: str, dtype: ir.DataType, *shape: int | str) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+
+
+class _Emitter:
+    """Writes the lowered graph."""
+
+    def __init__(self, spec: ModelSpec, max_length: int, weights: Mapping[str, ir.Value]) -> None:
+        self.spec, self.max_length, self.weights = spec, max_length, weights
+        self.nodes: list[ir.Node] = []
+        self.cache_shape = ("blocks", spec.num_kv_heads, BLOCK_SIZE, spec.head_dim)
+        i32, i64, bf16 = ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BFLOAT16
+        edges = [
+            _graph_input(tensors.INPUT_IDS, i64, "R"),
+            _graph_input(tensors.POSITIONS, i64, "R"),
+            _graph_input(tensors.QUERY_STARTS, i32, "B + 1"),
+            _graph_input(tensors.BLOCK_TABLES, i32, "B", "max_blocks"),
+            _graph_input(tensors.LOGITS_INDICES, i64, "B"),
+            _graph_input(tensors.WORKSPACE, ir.DataType.UINT8, "W"),
+        ]
+        caches = [
+            _graph_input(name(layer), bf16, *self.cache_shape)
+            for layer in range(spec.num_layers)
+            for name in (tensors.past_key, tensors.past_value)
+        ]
+        self.inputs = {str(value.name): value for value in (*edges, *caches)}
+        frequencies = ir.tensor(spec.rope.inv_freq(spec.head_dim).astype(np.float32), name="/model/rotary_emb/inv_freq")
+        self.inv_freq = ir.Value(
+            name=frequencies.name,
+            type=ir.TensorType(ir.DataType.FLOAT),
+            shape=ir.Shape((spec.head_dim // 2,)),
+            const_value=frequencies,
+        )
+
+    def run(self) -> ir.Model:
+        spec = self.spec
+        ids, table = self.inputs[tensors.INPUT_IDS], self.weights[EMBEDDING]
+        (hidden,) = self._add("embed", "/model/embed_tokens", {"ids": ids, "table": table}, [("R", spec.hidden_size)])
+        presents: list[ir.Value] = []
+        for layer in range(spec.num_layers):
+            hidden = self._layer(hidden, layer, presents)
+        head = table if spec.tie_word_embeddings else self.weights["lm_head.weight"]
+        (logits,) = self._add(
+            "lm_head",
+            "/lm_head",
+            {
+                "hidden": hidden,
+                "indices": self.inputs[tensors.LOGITS_INDICES],
+                "norm_weight": self.weights["model.norm.weight"],
+                "weight": head,
+            },
+            [("B", spec.vocab_size)],
+            {"epsilon": spec.rms_norm_eps},
+        )
+        logits.name = tensors.LOGITS
+        graph = ir.Graph(
+            list(self.inputs.values()),
+            [logits, *presents],
+            nodes=self.nodes,
+            initializers=[*self.weights.values(), self.inv_freq],
+            opset_imports={"": 24, DOMAIN: OPSET_VERSION},
+            name="qwen2",
+        )
+        return ir.Model(graph, ir_version=11, producer_name="qwen-rt")
+
+    def _layer(self, hidden: ir.Value, layer: int, presents: list[ir.Value]) -> ir.Value:
+        """One decoder layer; its written caches are added to `presents`."""
+        spec, weights = self.spec, self.weights
+        name, path = f"model.layers.{layer}", f"/model/layers.{layer}"
+        q_width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        stream, epsilon = [("R", spec.hidden_size)], {"epsilon": spec.rms_norm_eps}
+
+        projections = {
+            f"{letter}_{kind}": weights[f"{name}.self_attn.{letter}_proj.{kind}"]
+            for kind in (("weight", "bias") if spec.qkv_bias else ("weight",))
+            for letter in "qkv"
+        }
+        norm = weights[f"{name}.input_layernorm.weight"]
+        (qkv,) = self._add(
+            "rmsnorm_qkv",
+            f"{path}/self_attn",
+            {"hidden": hidden, "norm_weight": norm, **projections},
+            [("R", q_width + 2 * kv_width)],
+            epsilon,
+        )
+        attended, *written = self._add(
+            "rope_kv_append_attention",
+            f"{path}/self_attn",
+            {
+                "qkv": qkv,
+                "positions": self.inputs[tensors.POSITIONS],
+                "query_starts": self.inputs[tensors.QUERY_STARTS],
+                "inv_freq": self.inv_freq,
+                "block_tables": self.inputs[tensors.BLOCK_TABLES],
+                "k_cache": self.inputs[tensors.past_key(layer)],
+                "v_cache": self.inputs[tensors.past_value(layer)],
+            },
+            [("R", q_width), self.cache_shape, self.cache_shape],
+            {
+                "scale": spec.head_dim**-0.5,
+                "rope_scaling": spec.rope.attention_scaling,
+                "max_length": float(self.max_length),
+            },
+        )
+        for value, present in zip(written, (tensors.present_key, tensors.present_value), strict=True):
+            value.name = present(layer)
+            presents.append(value)
+        o_proj = weights[f"{name}.self_attn.o_proj.weight"]
+        attention = {"attention": attended, "weight": o_proj, "residual": hidden}
+        (hidden,) = self._add("o_proj_residual", f"{path}/self_attn", attention, stream)
+        mlp = {
+            "hidden": hidden,
+            "norm_weight": weights[f"{name}.post_attention_layernorm.weight"],
+            "gate_weight": weights[f"{name}.mlp.gate_proj.weight"],
+            "up_weight": weights[f"{name}.mlp.up_proj.weight"],
+        }
+        (activation,) = self._add("rmsnorm_gate_up_silu", f"{path}/mlp", mlp, [("R", spec.intermediate_size)], epsilon)
+        down_proj = weights[f"{name}.mlp.down_proj.weight"]
+        down = {"activation": activation, "weight": down_proj, "residual": hidden}
+        (hidden,) = self._add("down_residual", f"{path}/mlp", down, stream)
+        return hidden
+
+    def _add(
+        self,
+        op_name: str,
+        path: str,
+        inputs: Mapping[str, ir.Value],
+        shapes: Sequence[tuple[int | str, ...]],
+        attributes: Mapping[str, float] | None = None,
+    ) -> tuple[ir.Value, ...]:
+        node = plugin_node(op_name, path, inputs, shapes, self.inputs[tensors.WORKSPACE], attributes)
+        self.nodes.append(node)
+        return tuple(node.outputs)
+
+
+def _check_ops(model: ir.Model, num_layers: int) -> None:
+    """Demand the plugin ops that a model of so many layers has, and nothing else."""
+    expected = {(DOMAIN, name): num_layers for name in LAYER_OPS} | {(DOMAIN, "embed"): 1, (DOMAIN, "lm_head"): 1}
+    found = Counter((node.domain, node.op_type) for node in model.graph)
+    for domain, name in sorted(found.keys() | expected.keys()):
+        if found[(domain, name)] != expected.get((domain, name), 0):
+            raise GraphError(
+                f"the lowered graph has {found[(domain, name)]} nodes {domain}.{name}",
+                f"{expected.get((domain, name), 0)}",
+            )

@@ -1,0 +1,84 @@
+"""Nodes of the plugin ops, made from the table in `qwen_rt.ops`: inputs in its order, attributes of its names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+
+from qwen_rt.errors import GraphError
+from qwen_rt.ops import DOMAIN, OpTensor, find_op
+
+__all__ = ["DTYPES", "OPSET_VERSION", "plugin_node"]
+
+OPSET_VERSION = 1
+"""Of the domain `qwen_rt` in every graph. The ops have versions of their own, checked when their library is loaded."""
+
+DTYPES = {
+    "bf16": ir.DataType.BFLOAT16,
+    "f32": ir.DataType.FLOAT,
+    "i32": ir.DataType.INT32,
+    "i64": ir.DataType.INT64,
+}
+"""Dtype in the table → dtype in a graph."""
+
+Shape = Sequence[int | str]
+
+
+def plugin_node(
+    op_name: str,
+    path: str,
+    inputs: Mapping[str, ir.Value],
+    output_shapes: Sequence[Shape],
+    workspace: ir.Value,
+    attributes: Mapping[str, float] | None = None,
+) -> ir.Node:
+    """Make a node of a plugin op.
+
+    Args:
+        op_name: Which op.
+        path: Name of the module that it belongs to (`/model/layers.0/mlp`).
+        inputs: Name in the table → value; optional ones may be left out.
+        output_shapes: Of each output; a dimension is a number or a name.
+        workspace: uint8[W], handed to the ops that want one.
+        attributes: Name in the table → value; those with a default may be left out and are written all the same.
+
+    Returns:
+        The node `{path}/{op_name}`; outputs have dtypes and shapes and are named `{node}/{output}`.
+
+    Raises:
+        GraphError: An input or attribute is missing, unknown, or of another dtype or rank than the table says.
+    """
+    op = find_op(op_name)
+    name = f"{path}/{op.name}"
+    given = dict(attributes or {})
+    known = {tensor.name for tensor in op.inputs}
+    wrong = [key for key in inputs if key not in known] + [key for key in given if key not in dict(op.attributes)]
+    if wrong:
+        raise GraphError(f"{name} was given {wrong[0]}", f"what op {op.name} takes")
+    values = [_checked(name, tensor, inputs.get(tensor.name)) for tensor in op.inputs]
+    if op.has_workspace:
+        values.append(workspace)
+    numbers = []
+    for key, default in op.attributes:
+        number = given.get(key, default)
+        if number is None:
+            raise GraphError(f"{name} lacks attribute {key}", "a number")
+        numbers.append(ir.AttrFloat32(key, float(number)))
+    node = ir.Node(DOMAIN, op.name, values, numbers, num_outputs=len(op.outputs), name=name)
+    for tensor, output, shape in zip(op.outputs, node.outputs, output_shapes, strict=True):
+        output.name, output.type = f"{name}/{tensor.name}", ir.TensorType(DTYPES[tensor.dtype])
+        output.shape = ir.Shape(shape)
+    return node
+
+
+def _checked(name: str, tensor: OpTensor, value: ir.Value | None) -> ir.Value | None:
+    if value is None:
+        if not tensor.optional:
+            raise GraphError(f"{name} lacks input {tensor.name}", f"{tensor.dtype}[{', '.join(tensor.shape)}]")
+        return None
+    dtype = DTYPES[tensor.dtype]
+    if value.dtype != dtype or value.shape is None or len(value.shape) != len(tensor.shape):
+        found = f"{value.dtype}{value.shape}"
+        raise GraphError(f"{name}: {tensor.name} is {found}", f"{dtype}[{', '.join(tensor.shape)}]")
+    return value

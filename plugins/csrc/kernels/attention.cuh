@@ -1,0 +1,55 @@
+// What the attention kernels share: the op's arguments, and the kernels' launchers. See rope_kv_append_attention.cu.
+#pragma once
+
+#include "../common/launch.cuh"
+#include "../common/ptx.cuh"
+
+namespace qwen_rt {
+
+constexpr int kMaxGroup = 16;  // heads of one kv head, at most
+constexpr float kLog2e = 1.4426950408889634f;
+
+struct AttentionArguments {
+    const bf16* qkv;
+    const int64_t* positions;
+    const int32_t* query_starts;
+    const float* inv_freq;
+    const int32_t* block_tables;
+    bf16 *k_cache, *v_cache, *out;
+    void* counters;  // QWEN_RT_COUNTER_BYTES of zeros, left zero
+    void* scratch;
+    int64_t rows, sequences, num_blocks, max_length;
+    int heads, kv_heads, head_dim, block_size, max_blocks;
+    float scale, rope_scaling;
+};
+
+// Byte offset of 16-byte chunk `chunk` of row `row` in a tile of rows of kD: eight rows of one chunk fall on all banks.
+template <int kD>
+__device__ __forceinline__ uint32_t swizzled(int row, int chunk) {
+    return static_cast<uint32_t>(row * kD * 2 + ((chunk ^ (row & 7)) << 4));
+}
+
+struct QueryTile {
+    int sequence, first_row, num_rows;  // num_rows 0: there is no such tile
+};
+
+// Tile number `index` of all sequences' tiles of kRows query rows. Called by all threads of a block, which get the same.
+template <int kRows>
+__device__ __forceinline__ QueryTile find_query_tile(const int32_t* query_starts, int sequences, int index) {
+    for (int b = 0; b < sequences; ++b) {
+        const int first = query_starts[b], count = query_starts[b + 1] - first, tiles = (count + kRows - 1) / kRows;
+        if (index < tiles) return {b, first + index * kRows, min(kRows, count - index * kRows)};
+        index -= tiles;
+    }
+    return {0, 0, 0};
+}
+
+// Every sequence has one row.
+int64_t scratch_attention_decode(const Device& device, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim);
+int32_t launch_attention_decode(const QwenRtCall& call, const Device& device, const AttentionArguments& a);
+
+// Sequences of any number of rows: rope and cache write, then attention; on SM 9.0 by wgmma.
+int32_t launch_attention_prefill(const QwenRtCall& call, const Device& device, const AttentionArguments& a);
+int32_t launch_attention_prefill_sm90(const QwenRtCall& call, const Device& device, const AttentionArguments& a);
+
+}  // namespace qwen_rt

@@ -1,0 +1,249 @@
+"""The lowered graph on ONNX Runtime's CUDA provider: weights become inputs, everything is bound by address.
+
+ONNX Runtime would read external weights on its own, slowly, into memory of its own. So every initializer that lies in a
+file is made a graph input of the same name before the graph is loaded, and bound once to memory that we have filled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from qwen_rt import tensors
+from qwen_rt.errors import BundleError, GraphError, MissingDependencyError, QwenRtError
+from qwen_rt.runtime.cuda.weights import ExternalWeight
+
+__all__ = [
+    "BF16",
+    "FLOAT",
+    "INT32",
+    "INT64",
+    "UINT8",
+    "GraphRunner",
+    "OrtRunner",
+    "bind_cache",
+    "bind_model",
+    "split_weights",
+]
+
+FLOAT, UINT8, INT32, INT64, BF16 = 1, 2, 6, 7, 16  # onnx.TensorProto.DataType
+
+_PROVIDER = "CUDAExecutionProvider"
+_INSTALL = "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
+_INPUTS = (
+    tensors.INPUT_IDS,
+    tensors.POSITIONS,
+    tensors.QUERY_STARTS,
+    tensors.BLOCK_TABLES,
+    tensors.LOGITS_INDICES,
+    tensors.WORKSPACE,
+)
+
+
+def split_weights(graph: bytes, num_layers: int) -> tuple[bytes, list[ExternalWeight]]:
+    """Turn the external initializers of a lowered graph into inputs.
+
+    Args:
+        graph: A serialised ModelProto of target `cuda`.
+        num_layers: L, for the check that its inputs and outputs are those of `qwen_rt.tensors`.
+
+    Returns:
+        The changed model, and the weights in the order of the graph.
+
+    Raises:
+        GraphError: No ONNX model, no graph of target `cuda`, or a weight that is not bf16.
+    """
+    import onnx  # here: importing it takes longer than many a caller needs
+
+    try:
+        model = onnx.ModelProto.FromString(graph)
+    except Exception as error:  # protobuf's own class differs between its implementations
+        raise GraphError(f"the graph is no ONNX model: {error}", fix="build the bundle again") from None
+    caches = [name(i) for i in range(num_layers) for name in (tensors.past_key, tensors.past_value)]
+    presents = [name(i) for i in range(num_layers) for name in (tensors.present_key, tensors.present_value)]
+    _require("input", {value.name for value in model.graph.input}, [*_INPUTS, *caches])
+    _require("output", {value.name for value in model.graph.output}, [tensors.LOGITS, *presents])
+    weights, inline = [], []
+    for initializer in model.graph.initializer:
+        if initializer.data_location != onnx.TensorProto.EXTERNAL:
+            inline.append(initializer)
+            continue
+        if initializer.data_type != BF16:
+            kind = onnx.TensorProto.DataType.Name(initializer.data_type)
+            raise GraphError(f"{initializer.name} is {kind}", "BFLOAT16", "build it with --precision bf16")
+        weights.append(_weight(initializer))
+        model.graph.input.append(onnx.helper.make_tensor_value_info(initializer.name, BF16, list(initializer.dims)))
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(inline)
+    return model.SerializeToString(), weights
+
+
+def _require(kind: str, found: set[str], wanted: Sequence[str]) -> None:
+    missing = next((name for name in wanted if name not in found), None)
+    if missing is not None:
+        raise GraphError(f"the graph has no {kind} {missing}", "a graph of target cuda", "build with --target cuda")
+
+
+def _weight(initializer: Any) -> ExternalWeight:
+    entries = {entry.key: entry.value for entry in initializer.external_data}
+    shape = tuple(initializer.dims)
+    nbytes = 2
+    for size in shape:
+        nbytes *= size
+    try:
+        location, offset = entries["location"], int(entries.get("offset", "0"))
+        length = int(entries.get("length", str(nbytes)))
+    except (KeyError, ValueError):
+        raise GraphError(f"{initializer.name}: broken reference", "location, offset, length", "build again") from None
+    if offset < 0:
+        raise GraphError(f"{initializer.name}: offset={offset}", "0 or more", "build the bundle again")
+    return ExternalWeight(initializer.name, shape, location, offset, length)
+
+
+class GraphRunner(Protocol):
+    """A loaded graph whose inputs and outputs are device addresses."""
+
+    def bind_input(self, name: str, element_type: int, shape: Sequence[int], address: int) -> None:
+        """Bind an input; it stays until it is bound anew."""
+        ...
+
+    def bind_output(self, name: str, element_type: int, shape: Sequence[int], address: int) -> None:
+        """Bind an output; it stays until it is bound anew."""
+        ...
+
+    def run(self) -> None:
+        """Enqueue the graph on the session's stream; does not wait for the device."""
+        ...
+
+    def close(self) -> None:
+        """Give the graph back."""
+        ...
+
+
+class OrtRunner:
+    """The graph in an `onnxruntime.InferenceSession` with the plugin library's ops.
+
+    Args:
+        graph: The model of `split_weights`.
+        library: Path of the plugin library.
+        device: The GPU's number.
+        stream: All work goes there.
+
+    Raises:
+        MissingDependencyError: onnxruntime without CUDA, CUDA libraries missing, a plugin library without its ops.
+        BundleError: ONNX Runtime refuses the graph, or would run a node on the CPU.
+    """
+
+    def __init__(self, graph: bytes, library: Path, device: int, stream: int) -> None:
+        import onnxruntime as ort
+
+        if _PROVIDER not in ort.get_available_providers():
+            raise MissingDependencyError(
+                f"onnxruntime {ort.__version__} has no {_PROVIDER}", "onnxruntime-gpu", _INSTALL
+            )
+        told = io.StringIO()  # preload_dlls prints, and stdout belongs to results
+        with contextlib.redirect_stdout(told):
+            ort.preload_dlls()
+        options = ort.SessionOptions()
+        options.enable_mem_pattern = False
+        options.log_severity_level = 3
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # the graph is lowered already
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        try:
+            options.register_custom_ops_library(str(library))
+        except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
+            raise MissingDependencyError(
+                f"ONNX Runtime cannot use {library.name}: {error}",
+                "a library of these sources",
+                "run `python -m qwen_rt.plugins.build`",
+            ) from None
+        provider_options = {
+            "device_id": str(device),
+            "user_compute_stream": str(stream),
+            "arena_extend_strategy": "kSameAsRequested",
+            "cudnn_conv_use_max_workspace": "0",
+        }
+        try:
+            session = ort.InferenceSession(graph, options, providers=[(_PROVIDER, provider_options)])
+        except Exception as error:
+            raise BundleError(
+                f"ONNX Runtime {ort.__version__} refuses the graph: {error}",
+                fix="build the bundle again, or install another onnxruntime-gpu",
+            ) from None
+        if session.get_providers()[:1] != [_PROVIDER]:
+            raise MissingDependencyError(
+                f"{_PROVIDER} of onnxruntime {ort.__version__} cannot be loaded; {told.getvalue()}",
+                "its CUDA libraries",
+                "pip install 'onnxruntime-gpu[cuda,cudnn]'",
+            )
+        self._device = device
+        self._run_options = ort.RunOptions()
+        self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self._session: Any = session
+        self._io: Any = session.io_binding()
+
+    def bind_input(self, name: str, element_type: int, shape: Sequence[int], address: int) -> None:
+        """Bind an input; it stays until it is bound anew."""
+        self._bind(self._io.bind_input, name, element_type, shape, address)
+
+    def bind_output(self, name: str, element_type: int, shape: Sequence[int], address: int) -> None:
+        """Bind an output; it stays until it is bound anew."""
+        self._bind(self._io.bind_output, name, element_type, shape, address)
+
+    def _bind(self, bind: Any, name: str, element_type: int, shape: Sequence[int], address: int) -> None:
+        try:
+            bind(name, "cuda", self._device, element_type, list(shape), address)
+        except Exception as error:
+            raise GraphError(f"{name}{list(shape)} cannot be bound: {error}", fix="build the bundle again") from None
+
+    def run(self) -> None:
+        """Enqueue the graph on the session's stream; does not wait for the device."""
+        try:
+            self._session.run_with_iobinding(self._io, self._run_options)
+        except Exception as error:
+            raise QwenRtError(f"ONNX Runtime failed: {error}") from None
+
+    def close(self) -> None:
+        """Give the graph back."""
+        self._io = self._session = None
+        gc.collect()  # the arena is the device's again before the next session looks at what is free
+
+
+def bind_model(
+    runner: GraphRunner, weights: Mapping[str, tuple[tuple[int, ...], int]], workspace: tuple[int, int]
+) -> None:
+    """Bind what stays the same in every call.
+
+    Args:
+        runner: The loaded graph.
+        weights: Name → (shape, address).
+        workspace: Its address and bytes.
+    """
+    for name, (shape, address) in weights.items():
+        runner.bind_input(name, BF16, shape, address)
+    runner.bind_input(tensors.WORKSPACE, UINT8, (workspace[1],), workspace[0])
+
+
+def bind_cache(runner: GraphRunner, shape: Sequence[int], num_layers: int, address: int, pool_bytes: int) -> None:
+    """Bind the cache's pools, which lie behind each other by layer, the key's before the value's.
+
+    Args:
+        runner: The loaded graph.
+        shape: [blocks, Hkv, 64, D].
+        num_layers: L.
+        address: Of the first pool.
+        pool_bytes: From one pool to the next.
+    """
+    for layer in range(num_layers):
+        pairs = (
+            (tensors.past_key(layer), tensors.present_key(layer)),
+            (tensors.past_value(layer), tensors.present_value(layer)),
+        )
+        for past, present in pairs:
+            runner.bind_input(past, BF16, shape, address)
+            runner.bind_output(present, BF16, shape, address)
+            address += pool_bytes

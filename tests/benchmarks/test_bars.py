@@ -1,0 +1,204 @@
+"""Bars: which row counts, what passes, and what a malformed file says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_rt.benchmarks import bars, harness
+from qwen_rt.benchmarks.kernel_shapes import SHAPES
+from qwen_rt.errors import UsageError
+
+from .rows import decode_row, gpu_row
+
+ONE = """
+[[bar]]
+id = "one"
+issue = 3
+text = "1 row"
+op = "<="
+limit = 1.2
+unit = "×"
+peer = "another 1.5"
+from = [
+  { benchmark = "latency", contender = "qwen-rt", where = { rows = 1, prompt = [127, 128] }, value = "itl_ms / 3" },
+  { benchmark = "kernels", contender = "step", where = { rows = 1 }, value = "itl_us / 3000" },
+]
+"""
+MANY = """
+[[bar]]
+id = "many"
+issue = 4
+text = "16 rows over 1"
+op = "<"
+limit = 1.15
+from = [
+  { benchmark = "latency", contender = "qwen-rt", where.rows = 16, base.rows = 1, value = "itl_ms / base.itl_ms" },
+]
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "bars.toml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def verdict(folder: Path, text: str, rows: list[Any]) -> bars.Verdict:
+    (only,) = bars.judge(bars.load(write(folder, text)), rows)
+    return only
+
+
+def test_passing_short_and_missing(tmp_path: Path) -> None:
+    passed = verdict(tmp_path, ONE, [decode_row(1, 128, 3.3)])
+    assert (passed.state, passed.value) == ("PASS", pytest.approx(1.1))
+    short = verdict(tmp_path, ONE, [decode_row(1, 127, 3.9)])
+    assert (short.state, short.value) == ("SHORT", pytest.approx(1.3))
+    missing = verdict(tmp_path, ONE, [decode_row(2, 128, 3.3), decode_row(1, 64, 3.3)])
+    assert (missing.state, missing.value, missing.row) == ("NO ROW", None, None)
+
+
+@pytest.mark.parametrize(
+    ("op", "limit", "state"),
+    [("<=", 1.1, "PASS"), ("<", 1.1, "SHORT"), (">=", 1.1, "PASS"), (">", 1.1, "SHORT"), (">", 1.0, "PASS")],
+)
+def test_every_comparison(tmp_path: Path, op: str, limit: float, state: str) -> None:
+    text = ONE.replace('"<="', f'"{op}"').replace("1.2", str(limit)).replace("itl_ms / 3", "itl_ms")
+    assert verdict(tmp_path, text, [decode_row(1, 128, 1.1)]).state == state
+
+
+def test_the_newest_row_counts_and_the_last_of_one_date(tmp_path: Path) -> None:
+    rows = [decode_row(1, 128, 3.3, date="2026-02-01T00:00:00Z"), decode_row(1, 128, 3.9)]
+    assert verdict(tmp_path, ONE, rows).state == "PASS"
+    rows = [decode_row(1, 128, 3.3), decode_row(1, 128, 3.9)]
+    assert verdict(tmp_path, ONE, rows).state == "SHORT"
+
+
+def test_a_second_source_serves_only_without_a_first(tmp_path: Path) -> None:
+    step = gpu_row("kernels", "step", {"itl_us": 3900.0}, rows=1, prompt=127, date="2027-01-01T00:00:00Z")
+    fallen_back = verdict(tmp_path, ONE, [step])
+    assert (fallen_back.state, fallen_back.row) == ("SHORT", step)
+    assert verdict(tmp_path, ONE, [step, decode_row(1, 128, 3.3)]).state == "PASS"
+
+
+def test_rows_without_the_metric_or_a_passed_check_do_not_count(tmp_path: Path) -> None:
+    bare = gpu_row("latency", "qwen-rt", {"floor_ms": 3.0}, rows=1, prompt=128, date="2027-01-01T00:00:00Z")
+    assert verdict(tmp_path, ONE, [bare]).state == "NO ROW"
+    assert verdict(tmp_path, ONE, [bare, decode_row(1, 128, 3.3)]).state == "PASS"
+    assert verdict(tmp_path, ONE, [decode_row(1, 128, 3.3, passed=False)]).state == "NO ROW"
+
+
+def test_a_base_is_of_the_same_run(tmp_path: Path) -> None:
+    rows = [decode_row(16, 128, 3.3), decode_row(1, 128, 3.0), decode_row(1, 128, 1.0, run="run-2")]
+    assert verdict(tmp_path, MANY, rows).value == pytest.approx(1.1)
+    assert verdict(tmp_path, MANY, [rows[0], rows[2]]).state == "NO ROW"
+    later = decode_row(16, 128, 9.9, run="run-3", date="2027-01-01T00:00:00Z")
+    assert verdict(tmp_path, MANY, [*rows, later]).value == pytest.approx(1.1)  # its run has no 1 row
+
+
+def test_division_by_zero_is_no_value(tmp_path: Path) -> None:
+    rows = [decode_row(16, 128, 3.3), decode_row(1, 128, 0.0)]
+    assert verdict(tmp_path, MANY, rows).state == "NO ROW"
+
+
+def test_bars_of_one_issue(tmp_path: Path) -> None:
+    loaded = bars.load(write(tmp_path, ONE + MANY))
+    assert [bar.id for bar in loaded] == ["one", "many"]
+    assert [v.bar.id for v in bars.judge(loaded, [], 4)] == ["many"]
+    with pytest.raises(UsageError, match=r"issue=5 has no bars; expected one of 3, 4"):
+        bars.judge(loaded, [], 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[[bar]", "bars.toml is no TOML"),
+        ("", r"bars.toml has nothing"),
+        ("[bars]\n", r"bars.toml has bars; expected \[\[bar\]\]"),
+        ("bar = 3\n", r"bars.toml has bar;"),
+        ("bar = [1]\n", r"bar 1 is 1; expected a table"),
+        (ONE.replace("limit = 1.2\n", ""), r"bar 1 lacks 'limit'"),
+        (ONE.replace("limit = 1.2", 'limit = "fast"'), r"bar 1: limit='fast'"),
+        (ONE.replace("limit = 1.2", "limit = true"), r"bar 1: limit=True"),
+        (ONE.replace('"<="', '"=<"'), r"bar 'one': op='=<'; expected <= or < or >= or >"),
+        (ONE.replace("unit", "units"), r"bar 1 has the unknown key 'units'"),
+        (ONE + ONE, r"bar 'one' is there twice"),
+        (ONE.split("from")[0] + "from = []\n", r"bar 'one': from=\[\]"),
+        (ONE.split("from")[0] + "from = [3]\n", r"bar 'one' is 3; expected a table"),
+        (ONE.replace('value = "itl_ms / 3"', 'value = "itl_ms /"'), r"bar 'one': value='itl_ms /'"),
+        (ONE.replace('value = "itl_ms / 3"', "value = \"__import__('os')\""), r"expected metrics, base.NAME, numbers"),
+        (ONE.replace('value = "itl_ms / 3"', 'value = "itl_ms ** 3"'), r"expected metrics, base.NAME, numbers"),
+        (ONE.replace('value = "itl_ms / 3"', 'value = "other.itl_ms"'), r"expected metrics, base.NAME, numbers"),
+        (ONE.replace('value = "itl_ms / 3"', 'value = "itl_ms / base.itl_ms"'), r"exactly if `base` is given"),
+        (MANY.replace(" / base.itl_ms", ""), r"exactly if `base` is given"),
+    ],
+)
+def test_a_malformed_file_is_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        bars.load(write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"none\.toml could not be read"):
+        bars.load(tmp_path / "none.toml")
+
+
+def test_lines_and_table(tmp_path: Path) -> None:
+    rows = [decode_row(1, 128, 3.3, dirty=True)]
+    verdicts = bars.judge(bars.load(write(tmp_path, ONE + MANY)), rows)
+    first, second, count = bars.render(verdicts).splitlines()
+    place = "latency qwen-rt, 2026-01-02, 0123456789 with changes"
+    assert " ".join(first.split()) == f"PASS one 1.1 <= 1.2 × {place} 1 row [another 1.5]"
+    assert second.startswith("NO ROW  many")
+    assert count == "1 pass, 0 short, 1 without a row"
+    table = bars.markdown(verdicts).splitlines()
+    assert table[2] == (
+        "| 1 row | 1.1 | <= 1.2 × | pass | another 1.5 | latency qwen-rt, 2026-01-02, 0123456789 with changes |"
+    )
+    assert table[3].split("|")[2:5] == [" – ", " < 1.15 ", " no row "]
+    plain = verdicts[0].to_dict()
+    assert (plain["state"], plain["row"]["commit"], plain["row"]["settings"]["rows"]) == ("PASS", "0123456789abcdef", 1)
+    assert verdicts[1].to_dict()["row"] is None
+
+
+def test_the_bars_of_the_project() -> None:
+    loaded = bars.load()
+    assert {bar.issue for bar in loaded} == {3}
+    limits = {bar.id: (bar.op, bar.limit) for bar in loaded}
+    assert limits == {
+        "7b-1-row": ("<=", 1.2),
+        "1.5b-1-row": ("<=", 1.7),
+        "7b-16-rows": ("<=", 1.15),
+        "1.5b-16-rows": ("<=", 1.15),
+        "7b-first-token-6144": ("<=", 139.5),
+        "7b-prompt-30720": ("<=", 1.15),
+        "host": ("<", 50),
+        "nano-answers": (">=", 0.99),
+        "7b-4-layers-logits": (">=", 0.999),
+        "load": (">=", 10),
+        "memory": ("<=", 0.02),
+    }
+    for bar in loaded:
+        for source in bar.sources:
+            models = source.where.get("model", [])
+            for model in models if isinstance(models, list) else [models]:
+                assert model.removesuffix("-4-layers") in (*SHAPES, "nano"), bar.id
+
+
+def test_the_bar_of_the_first_token_is_scaled_by_the_matrix_rate() -> None:
+    """139.5 ms at 790 TFLOP/s: a slower device has the more time."""
+    metrics = {"first_token_ms": 150.0, "matrix_tflop_s": 700.0}
+    row = gpu_row("latency", "qwen-rt", metrics, what="prefill", prompt=6144, source="random")
+    found = {v.bar.id: v for v in bars.judge(bars.load(), [row])}["7b-first-token-6144"]
+    assert (found.state, found.value) == ("PASS", pytest.approx(150 * 700 / 790))
+
+
+def test_committed_kernel_steps_serve_until_there_are_sessions() -> None:
+    found = {v.bar.id: v for v in bars.judge(bars.load(), harness.read_rows())}
+    for name in ("7b-1-row", "1.5b-1-row", "7b-16-rows", "1.5b-16-rows", "7b-prompt-30720"):
+        row = found[name].row
+        assert row is not None
+        assert (row["benchmark"], row["contender"]) in (("kernels", "step"), ("latency", "qwen-rt"))

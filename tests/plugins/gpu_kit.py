@@ -1,0 +1,36 @@
+"""Inputs and checks of the kernel tests. Needs torch and a GPU."""
+
+from __future__ import annotations
+
+import torch
+
+from qwen_rt.benchmarks import kernel_references as references
+from qwen_rt.benchmarks.kernel_shapes import SHAPES, ModelShape
+from qwen_rt.benchmarks.kernel_step import random_bf16
+
+NANO = ModelShape(512, 4, 4, 2, 128, 768, 1152, True)
+MODELS = {**SHAPES, "nano": NANO, "padded-72b": ModelShape(8192, 80, 64, 8, 128, 29696, 152064)}
+EPSILON = 1e-6
+
+
+def nan_bf16(*shape: int) -> torch.Tensor:
+    """An output that nobody has written."""
+    return torch.full(shape, float("nan"), dtype=torch.bfloat16, device="cuda")
+
+
+def check(op: str, out: torch.Tensor, reference: torch.Tensor, *, is_prefill: bool = False) -> None:
+    """Compare an output with its reference."""
+    problem = references.problem_of(op, out, reference, is_prefill=is_prefill)
+    assert not problem, problem
+
+
+def residual_rows(rows: int, hidden: int) -> torch.Tensor:
+    """Rows as the residual stream has them: each of another size, and a few channels far above the others."""
+    x = random_bf16(rows, hidden) * torch.logspace(-2, 2, rows, device="cuda").bfloat16()[:, None]
+    x[:, 5] *= 50
+    return x
+
+
+def norm_weight(hidden: int) -> torch.Tensor:
+    """Weights of a norm around 1."""
+    return 1 + random_bf16(hidden, std=0.2)

@@ -1,0 +1,174 @@
+"""Weights: their places on the device, real shards through real threads, random ones."""
+
+from __future__ import annotations
+
+import ctypes
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qwen_rt.errors import BundleError, GraphError, MissingDependencyError, QwenRtError
+from qwen_rt.runtime.cuda.graph import split_weights
+from qwen_rt.runtime.cuda.memory import ALIGNMENT, Resources
+from qwen_rt.runtime.cuda.weights import (
+    ExternalWeight,
+    FileWeights,
+    LoadStats,
+    RandomWeights,
+    WeightPlan,
+    plan_weights,
+    to_bf16,
+)
+from qwen_rt.spec import ModelSpec
+
+from ...core.configs import released_config
+from .fake import FakeGpu, make_graph, small_spec, write_shards
+
+
+def plan_of(spec: ModelSpec, folder: Path | None = None) -> WeightPlan:
+    return plan_weights(split_weights(make_graph(spec, folder), spec.num_layers)[1])
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("size", ["0.5B", "1.5B", "7B", "72B"])
+def test_what_is_multiplied_together_lies_together(size: str) -> None:
+    spec = ModelSpec.from_config(released_config(size))
+    plan = plan_of(spec)
+    tensors = {tensor.source.name: tensor for tensor in plan.tensors}
+    assert tensors.keys() == spec.parameters().keys()
+    for layer in range(spec.num_layers):
+        attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
+        for names in (
+            [f"{attention}.{name}_proj.weight" for name in "qkv"],
+            [f"{attention}.{name}_proj.bias" for name in "qkv"],
+            [f"{mlp}.{name}_proj.weight" for name in ("gate", "up")],
+        ):
+            members = [tensors[name] for name in names]
+            for first, second in pairwise(members):
+                assert first.stop == second.address_offset, names
+    places = sorted((tensor.address_offset, tensor.stop) for tensor in plan.tensors)
+    assert all(stop <= start for (_, stop), (start, _) in pairwise(places))
+    assert all(start % ALIGNMENT == 0 for start, _ in places)
+    assert places[-1][1] <= plan.nbytes < spec.weight_bytes("bfloat16") * 1.001
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("block_bytes", [256, 1000, 4096, 1 << 20])
+def test_every_byte_arrives_where_it_belongs(gpu: FakeGpu, tmp_path: Path, block_bytes: int, tied: bool) -> None:
+    """Odd sizes, tensors larger and smaller than a buffer, more blocks than threads and fewer."""
+    spec = small_spec(hidden_size=33, intermediate_size=77, tie_word_embeddings=tied)
+    weights = write_shards(spec, tmp_path, count=3)
+    plan = plan_of(spec, tmp_path)
+    resources = Resources(gpu.cuda)
+    base, _ = resources.device(plan.nbytes)
+    source = FileWeights(files_of(tmp_path), block_bytes=block_bytes, num_threads=4)
+    stats = source.fill(plan, base, gpu.cuda, 0, quiet=True)
+    assert stats.nbytes == sum(array.nbytes for array in weights.values())
+    assert stats.seconds > 0
+    assert len(plan.tensors) == len(weights)
+    for tensor in plan.tensors:
+        found = ctypes.string_at(base + tensor.address_offset, tensor.source.nbytes)
+        assert found == weights[tensor.source.name].tobytes(), tensor.source.name
+    resources.close()
+
+
+def test_loading_reports_bytes(gpu: FakeGpu, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = small_spec()
+    weights = write_shards(spec, tmp_path)
+    plan = plan_of(spec, tmp_path)
+    resources = Resources(gpu.cuda)
+    base, _ = resources.device(plan.nbytes)
+    FileWeights(files_of(tmp_path)).fill(plan, base, gpu.cuda, 0, quiet=False)
+    resources.close()
+    told = capsys.readouterr()
+    assert told.out == ""
+    total = sum(array.nbytes for array in weights.values()) / 1000
+    assert f"loading weights: done {total:.1f} kB" in told.err
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "unlisted", "folder"])
+def test_a_damaged_shard_is_one_line_and_nothing_stays(gpu: FakeGpu, tmp_path: Path, damage: str) -> None:
+    spec = small_spec()
+    write_shards(spec, tmp_path)
+    plan = plan_of(spec, tmp_path)
+    files, victim = files_of(tmp_path), tmp_path / "model-1.safetensors"
+    if damage == "truncated":
+        victim.write_bytes(victim.read_bytes()[:-10])
+    elif damage == "unlisted":
+        del files[victim.name]
+    else:
+        victim.unlink()
+        if damage == "folder":
+            victim.mkdir()
+    resources = Resources(gpu.cuda)
+    base, _ = resources.device(plan.nbytes)
+    with pytest.raises(BundleError, match="model-1") as caught:
+        FileWeights(files, block_bytes=4096).fill(plan, base, gpu.cuda, 0, quiet=True)
+    assert "\n" not in str(caught.value)
+    if damage == "truncated":
+        assert "ends at byte" in caught.value.what
+    resources.close()
+
+
+def test_no_failed_allocation_leaves_anything(gpu: FakeGpu, tmp_path: Path) -> None:
+    spec = small_spec()
+    write_shards(spec, tmp_path)
+    plan = plan_of(spec, tmp_path)
+    owner = Resources(gpu.cuda)
+    base, _ = owner.device(plan.nbytes)
+    source = FileWeights(files_of(tmp_path), block_bytes=8192, num_threads=3)
+    for index in range(1 + 2 * 3):
+        gpu.library.fake_fail_at(index)
+        with pytest.raises(QwenRtError, match="cudaErrorMemoryAllocation"):
+            source.fill(plan, base, gpu.cuda, 0, quiet=True)
+        assert gpu.live() == {"device": 1}
+    gpu.library.fake_fail_at(7)
+    source.fill(plan, base, gpu.cuda, 0, quiet=True)
+    owner.close()
+
+
+def test_random_weights_fill_every_tensor(gpu: FakeGpu) -> None:
+    spec = small_spec()
+    plan = plan_of(spec)
+    resources = Resources(gpu.cuda)
+    base, _ = resources.device(plan.nbytes)
+    RandomWeights(gpu.path, seed=3).fill(plan, base, gpu.cuda, 0, quiet=True)
+    for index, tensor in enumerate(plan.tensors):
+        data = ctypes.string_at(base + tensor.address_offset, tensor.source.nbytes)
+        bits = np.frombuffer(data, np.uint16)
+        if len(tensor.source.shape) == 2:  # what the fake generator writes
+            expected = ((3 << 32) + index + np.arange(bits.size)) % 2**16
+            assert (bits == expected).all(), tensor.source.name
+            continue
+        values = (bits.astype(np.uint32) << 16).view(np.float32)
+        centre, width = (0, 0.02) if tensor.source.name.endswith("bias") else (1, 0.1)
+        assert abs(values.mean() - centre) < width, tensor.source.name
+        assert 0.3 * width < values.std() < 2 * width, tensor.source.name
+    resources.close()
+
+
+def test_random_weights_need_the_generator(tmp_path: Path) -> None:
+    (tmp_path / "libnone.so").write_bytes(b"")
+    with pytest.raises(MissingDependencyError, match=r"qwen_rt\.plugins\.build"):
+        RandomWeights(tmp_path / "libnone.so")
+
+
+def test_bf16_rounds_to_nearest_even() -> None:
+    values = np.array([1.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -2.5, 0.0], np.float32)
+    assert to_bf16(values).tolist() == [0x3F80, 0x3F80, 0x3F82, 0x3F81, 0xC020, 0]
+
+
+def test_a_plan_refuses_what_does_not_add_up() -> None:
+    with pytest.raises(GraphError, match="has 7 bytes"):
+        plan_weights([ExternalWeight("a", (2, 2), "file", 0, 7)])
+    with pytest.raises(GraphError, match="twice"):
+        plan_weights([ExternalWeight("a", (2, 2), "file", 0, 8)] * 2)
+
+
+def test_a_rate_is_bytes_by_time() -> None:
+    assert LoadStats(3_000_000_000, 1.5).gb_s == 2.0
