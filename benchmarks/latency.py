@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -193,7 +194,7 @@ def time_steps(
         warm_up: Steps before those.
 
     Returns:
-        Milliseconds from one step's tokens to the next's, on the host's clock; and the host's µs of a step.
+        Milliseconds from one step's tokens to the next's, on the host's clock; and the host's µs of a step, the median.
     """
     count = warm_up + steps
     each = -(-(prompt + count + 2) // BLOCK_SIZE)
@@ -202,18 +203,17 @@ def time_steps(
     states = [RowState(ids, params, 0, tuple(range(1 + i * each, 1 + (i + 1) * each)), [0]) for i in range(rows)]
     session.set_rows(states)
     under_way = session.launch_step()
-    times, host_seconds = [], 0.0
-    for index in range(count):
+    times, host_times = [], []
+    for _ in range(count):
         following = session.launch_step()
         session.wait_step(under_way)
         times.append(perf_counter())
-        if index == warm_up - 1:
-            host_seconds = session.host_seconds
+        host_times.append(session.host_seconds)
         under_way = following
-    spent = session.host_seconds - host_seconds
     session.wait_step(under_way)
     samples = [1e3 * (after - before) for before, after in itertools.pairwise(times[warm_up - 1 :])]
-    return samples, 1e6 * spent / steps
+    spent = [1e6 * (after - before) for before, after in itertools.pairwise(host_times[warm_up - 1 :])]
+    return samples, statistics.median(spent)
 
 
 def decode_metrics(

@@ -32,6 +32,7 @@ __all__ = [
 
 FLOAT, UINT8, INT32, INT64, BF16 = 1, 2, 6, 7, 16  # onnx.TensorProto.DataType
 
+_ERRORS = 3  # ONNX Runtime's severity
 _PROVIDER = "CUDAExecutionProvider"
 _INSTALL = "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
 _INPUTS = (
@@ -145,12 +146,13 @@ class OrtRunner:
             raise MissingDependencyError(
                 f"onnxruntime {ort.__version__} has no {_PROVIDER}", "onnxruntime-gpu", _INSTALL
             )
+        ort.set_default_logger_severity(_ERRORS)  # it warns of plugin providers that nobody asked for
         told = io.StringIO()  # preload_dlls prints, and stdout belongs to results
         with contextlib.redirect_stdout(told):
             ort.preload_dlls()
         options = ort.SessionOptions()
         options.enable_mem_pattern = False
-        options.log_severity_level = 3
+        options.log_severity_level = _ERRORS
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # the graph is lowered already
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         try:

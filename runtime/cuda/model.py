@@ -77,7 +77,7 @@ class Settings:
     device: int = 0
     kv_memory: int | None = None
     max_rows: int = MAX_ROWS
-    chunk_tokens: int = 4096
+    chunk_tokens: int = 2048
     num_tokens: int | None = None
     capture: str = "lazy"
     quiet: bool = False
@@ -173,7 +173,7 @@ class DeviceModel:
             self._runner = runner = platform.open_graph(changed, library.path, settings.device, stream)
         bound = {t.source.name: (t.source.shape, weights + t.address_offset) for t in plan.tensors}
         bind_model(runner, bound, (workspace, graph_bytes))
-        self.calls = ModelCalls(runner, self._logits, spec.vocab_size, self.max_blocks)
+        self.calls = ModelCalls(runner, self._logits, spec.vocab_size)
         self.graphs = StepGraphs(cuda, self.resources, stream, self.enqueue_step, self._add_runtime)
         self._warm_up(runner)
         self._make_cache(runner, total)
@@ -220,10 +220,10 @@ class DeviceModel:
                 host["positions"][:] = np.arange(chunk)
                 host["query_starts"][1], host["logits_indices"][0] = chunk, chunk - 1
                 self.prefill.upload(SamplePlan())
-                self.calls.enqueue(self.prefill, chunk, 1)
-                self.decode.write_rows((), (), _WARM_UP, self.num_tokens)
+                self.calls.enqueue(self.prefill, chunk, 1, self.max_blocks)
+                self.decode.write_rows((), (), _WARM_UP, self.num_tokens, self.max_blocks)
                 self.decode.upload(_WARM_UP)
-                self.enqueue_step(self.settings.max_rows, SamplePlan())
+                self.enqueue_step(self.settings.max_rows, self.max_blocks, SamplePlan())
                 self.sample(self.decode, self.settings.max_rows, _WARM_UP)
                 cuda.stream_synchronize(stream)
         finally:
@@ -263,19 +263,22 @@ class DeviceModel:
             workspace=self._sample_workspace,
         )
 
-    def enqueue_step(self, bucket: int, plan: SamplePlan) -> None:
+    def enqueue_step(self, bucket: int, width: int, plan: SamplePlan) -> None:
         """Enqueue a decode step over the first `bucket` rows on the device, uncaptured."""
-        self.calls.enqueue(self.decode, bucket, bucket)
+        self.calls.enqueue(self.decode, bucket, bucket, width)
         self.sample(self.decode, bucket, plan)
 
-    def find_step(self, bucket: int, plan: SamplePlan) -> int:
-        """Return the launchable step of a bucket under a plan; captures it first, which makes all rows idle."""
-        executable = self.graphs.find(bucket, plan)
+    def find_step(self, bucket: int, width: int, plan: SamplePlan) -> int:
+        """Return the launchable step of a bucket and a width of block tables under a plan.
+
+        Captures it first where that has not been done, which makes all rows idle.
+        """
+        executable = self.graphs.find(bucket, width, plan)
         if executable is None:
             self.decode.wait_upload()
-            self.decode.write_rows((), (), plan, self.num_tokens)
+            self.decode.write_rows((), (), plan, self.num_tokens, width)
             self.decode.upload(plan)
-            executable = self.graphs.capture(bucket, plan)
+            executable = self.graphs.capture(bucket, width, plan)
         return executable
 
     def read_logits(self, num_rows: int) -> NDArray[np.float32]:

@@ -189,7 +189,9 @@ class RowBuffers:
         """Wait until the arrays in pinned memory may be written again."""
         self._cuda.event_synchronize(self._uploaded)
 
-    def write_rows(self, rows: Sequence[RowState], slots: Sequence[int], plan: SamplePlan, num_tokens: int) -> None:
+    def write_rows(
+        self, rows: Sequence[RowState], slots: Sequence[int], plan: SamplePlan, num_tokens: int, width: int
+    ) -> None:
         """Write how each row is sampled and where its cache lies; the rows behind them are idle.
 
         Args:
@@ -197,13 +199,15 @@ class RowBuffers:
             slots: Row of the counts of each, or -1.
             plan: How many edits a row has.
             num_tokens: Tokens of the tokenizer.
+            width: Of the block tables, with room for every row's blocks.
         """
         self._clear()
+        tables = self.host["block_tables"].reshape(-1)[: self.num_rows * width].reshape(self.num_rows, width)
         host, edits = self.host, self._edit_arrays(plan.num_edits)
         edits[0].fill(-1)
         for index, row in enumerate(rows):
             params = row.params
-            host["block_tables"][index, : len(row.blocks)] = row.blocks
+            tables[index, : len(row.blocks)] = row.blocks
             host["num_outputs"][index] = len(row.output_ids)
             host["seeds"].view(np.uint64)[index] = row.seed
             host["temperature"][index] = 0.0 if params.greedy else params.temperature

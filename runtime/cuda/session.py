@@ -25,7 +25,7 @@ from qwen_rt.runtime.cuda import bench
 from qwen_rt.runtime.cuda.memory import MemoryReport
 from qwen_rt.runtime.cuda.model import DeviceModel, Platform, Settings
 from qwen_rt.runtime.cuda.sampling import RING, SamplePlan, edits_of, plan_of
-from qwen_rt.runtime.cuda.steps import bucket_of, buckets_up_to
+from qwen_rt.runtime.cuda.steps import bucket_of, buckets_up_to, width_of, widths_up_to
 from qwen_rt.runtime.cuda.weights import FileWeights, WeightSource
 from qwen_rt.runtime.executor import RowState
 from qwen_rt.runtime.sampler import SampleResult
@@ -74,7 +74,7 @@ class CudaSession:
         device: int = 0,
         kv_memory: int | None = None,
         max_rows: int = MAX_ROWS,
-        chunk_tokens: int = 4096,
+        chunk_tokens: int = 2048,
         weights: WeightSource | None = None,
         num_tokens: int | None = None,
         capture: str = "lazy",
@@ -162,8 +162,9 @@ class CudaSession:
             self._sampled = model.resources.event()
             if settings.capture == "all":
                 for bucket in buckets_up_to(self.max_rows):
-                    for plan in (SamplePlan(), SamplePlan(full=True)):
-                        model.find_step(bucket, plan)
+                    for width in widths_up_to(model.max_blocks):
+                        for plan in (SamplePlan(), SamplePlan(full=True)):
+                            model.find_step(bucket, width, plan)
         except BaseException:
             self.close()
             raise
@@ -213,13 +214,14 @@ class CudaSession:
         plan = plan_of((row,), self.num_tokens) if is_last else SamplePlan()
         slot = model.counts.assign_prefill(row) if is_last else -1
         buffers.wait_upload()
-        buffers.write_rows((row,), (slot,), plan, self.num_tokens)
+        width = width_of(len(row.blocks), model.max_blocks)
+        buffers.write_rows((row,), (slot,), plan, self.num_tokens, width)
         host = buffers.host
         host["ids"][:count] = token_ids
         host["positions"][:count] = np.arange(position, position + count)
         host["query_starts"][1], host["logits_indices"][0] = count, count - 1
         buffers.upload(plan)
-        model.calls.enqueue(buffers, count, 1)
+        model.calls.enqueue(buffers, count, 1, width)
         if not is_last:
             return None
         model.sample(buffers, 1, plan)
@@ -250,11 +252,12 @@ class CudaSession:
         self._cuda.set_device(self._device)
         plan = plan_of(rows, self.num_tokens)
         bucket = bucket_of(len(rows), self.max_rows)
+        width = width_of(max(len(row.blocks) for row in rows), model.max_blocks)
         slots = model.counts.assign(rows)
-        graph = model.find_step(bucket, plan)
+        graph = model.find_step(bucket, width, plan)
         buffers = model.decode
         buffers.wait_upload()
-        buffers.write_rows(rows, slots, plan, self.num_tokens)
+        buffers.write_rows(rows, slots, plan, self.num_tokens, width)
         host = buffers.host
         for index, row in enumerate(rows):
             host["ids"][index], host["positions"][index] = row.output_ids[-1], row.position

@@ -16,10 +16,25 @@ from qwen_rt.runtime.cuda.memory import Resources, align, measured
 from qwen_rt.runtime.cuda.sampling import RowBuffers, SamplePlan
 from qwen_rt.spec import ModelSpec
 
-__all__ = ["BUCKETS", "ModelCalls", "StepGraphs", "bucket_of", "buckets_up_to", "graph_workspace"]
+__all__ = [
+    "BUCKETS",
+    "WIDTHS",
+    "ModelCalls",
+    "StepGraphs",
+    "bucket_of",
+    "buckets_up_to",
+    "graph_workspace",
+    "width_of",
+    "widths_up_to",
+]
 
 BUCKETS = (1, 2, 4, *range(8, MAX_ROWS + 1, 8))
 """Numbers of rows that decode steps are captured for; a step of fewer rows is padded with idle ones."""
+
+WIDTHS = (8, 32, 128, 512)
+"""Widths of block tables that steps are captured for. Attention launches blocks for all tokens that a table can hold,
+and those that find none still take their time: a request of 500 tokens must not pay for a context of 32768. The width
+does not change a result."""
 
 _WARM_UPS = 2  # the first loads kernels and grows ONNX Runtime's arena; the second shows that it has stopped growing
 _SIZES_TRIED = 256
@@ -33,6 +48,16 @@ def buckets_up_to(max_rows: int) -> tuple[int, ...]:
 def bucket_of(num_rows: int, max_rows: int) -> int:
     """Return the smallest bucket with room for `num_rows`."""
     return next(bucket for bucket in buckets_up_to(max_rows) if bucket >= num_rows)
+
+
+def widths_up_to(max_blocks: int) -> tuple[int, ...]:
+    """Return the widths of a session: those below `max_blocks`, and `max_blocks`."""
+    return (*(width for width in WIDTHS if width < max_blocks), max_blocks)
+
+
+def width_of(num_blocks: int, max_blocks: int) -> int:
+    """Return the smallest width with room for `num_blocks`."""
+    return next(width for width in widths_up_to(max_blocks) if width >= num_blocks)
 
 
 def graph_workspace(library: PluginLibrary, spec: ModelSpec, max_rows: int, chunk_tokens: int, max_blocks: int) -> int:
@@ -78,25 +103,30 @@ class ModelCalls:
         runner: The loaded graph, weights and cache bound.
         logits: Device address of f32[max_rows, V].
         vocab: V.
-        max_blocks: Width of a block table.
     """
 
     runner: GraphRunner
     logits: int
     vocab: int
-    max_blocks: int
-    _bound: tuple[int, int, int] = (0, 0, 0)
+    _bound: tuple[int, int, int, int] = (0, 0, 0, 0)
 
-    def enqueue(self, buffers: RowBuffers, num_tokens: int, num_rows: int) -> None:
-        """Enqueue the graph: R = `num_tokens`, B = `num_rows`; the logits of row b come at `logits + 4 · b · V`."""
+    def enqueue(self, buffers: RowBuffers, num_tokens: int, num_rows: int, width: int) -> None:
+        """Enqueue the graph: R = `num_tokens`, B = `num_rows`; the logits of row b come at `logits + 4 · b · V`.
+
+        Args:
+            buffers: The rows.
+            num_tokens: Tokens of all of them.
+            num_rows: How many.
+            width: Of the block tables, as they were written.
+        """
         at, runner = buffers.device, self.runner
-        key = at["ids"], num_tokens, num_rows
+        key = at["ids"], num_tokens, num_rows, width
         if key != self._bound:
-            self._bound = (0, 0, 0)
+            self._bound = (0, 0, 0, 0)
             runner.bind_input(tensors.INPUT_IDS, INT64, (num_tokens,), at["ids"])
             runner.bind_input(tensors.POSITIONS, INT64, (num_tokens,), at["positions"])
             runner.bind_input(tensors.QUERY_STARTS, INT32, (num_rows + 1,), at["query_starts"])
-            runner.bind_input(tensors.BLOCK_TABLES, INT32, (num_rows, self.max_blocks), at["block_tables"])
+            runner.bind_input(tensors.BLOCK_TABLES, INT32, (num_rows, width), at["block_tables"])
             runner.bind_input(tensors.LOGITS_INDICES, INT64, (num_rows,), at["logits_indices"])
             runner.bind_output(tensors.LOGITS, FLOAT, (num_rows, self.vocab), self.logits)
             self._bound = key
@@ -104,13 +134,13 @@ class ModelCalls:
 
 
 class StepGraphs:
-    """Captured decode steps, one for each bucket and plan that has been asked for.
+    """Captured decode steps, one for each bucket, width of block tables and plan that has been asked for.
 
     Args:
         cuda: The runtime.
         resources: Owner of the captured graphs.
         stream: Where steps run.
-        enqueue: Enqueues a step (graph, then `sample`) of a bucket under a plan; every row is idle then.
+        enqueue: Enqueues a step (graph, then `sample`) of a bucket and a width under a plan; every row is idle then.
         add_bytes: Is told what the driver lost to a capture.
     """
 
@@ -119,37 +149,37 @@ class StepGraphs:
         cuda: Cudart,
         resources: Resources,
         stream: int,
-        enqueue: Callable[[int, SamplePlan], None],
+        enqueue: Callable[[int, int, SamplePlan], None],
         add_bytes: Callable[[int], None],
     ) -> None:
         self._cuda, self._resources, self._stream = cuda, resources, stream
         self._enqueue, self._add_bytes = enqueue, add_bytes
-        self._graphs: dict[tuple[int, SamplePlan], int] = {}
+        self._graphs: dict[tuple[int, int, SamplePlan], int] = {}
 
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def find(self, bucket: int, plan: SamplePlan) -> int | None:
-        """Return the launchable graph of a bucket under a plan, None if it has not been captured."""
-        return self._graphs.get((bucket, plan))
+    def find(self, bucket: int, width: int, plan: SamplePlan) -> int | None:
+        """Return the launchable graph of a bucket and a width under a plan, None if it has not been captured."""
+        return self._graphs.get((bucket, width, plan))
 
-    def capture(self, bucket: int, plan: SamplePlan) -> int:
+    def capture(self, bucket: int, width: int, plan: SamplePlan) -> int:
         """Capture a step; the rows on the device must be idle, they are run through it."""
         cuda, stream = self._cuda, self._stream
         with measured(cuda, self._add_bytes):
             for _ in range(_WARM_UPS):
-                self._enqueue(bucket, plan)
+                self._enqueue(bucket, width, plan)
             cuda.stream_synchronize(stream)
             cuda.capture_begin(stream)
             try:
-                self._enqueue(bucket, plan)
+                self._enqueue(bucket, width, plan)
             except BaseException:
                 with contextlib.suppress(QwenRtError):  # the stream must leave capture mode; the first error is the one
                     if graph := cuda.capture_end(stream):
                         cuda.graph_destroy(graph)
                 raise
             executable = self._resources.graph_exec(cuda.capture_end(stream))
-        self._graphs[bucket, plan] = executable
+        self._graphs[bucket, width, plan] = executable
         return executable
 
     def close(self) -> None:

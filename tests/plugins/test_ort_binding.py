@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import re
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import helper
 
+from qwen_rt import tensors
+from qwen_rt.bundle import GRAPH_FILE
 from qwen_rt.ops import OPS, OpTensor, PluginOp, find_op
 from qwen_rt.plugins import build
 
-from .ort_stub.kit import WORKSPACE, Case, Stub, compile_stub, node, open_session, required_attributes, untold
+from .ort_stub.kit import (
+    WORKSPACE,
+    Case,
+    OldRuntime,
+    Stub,
+    compile_stub,
+    node,
+    open_session,
+    required_attributes,
+    session_of,
+    untold,
+)
+
+CACHE_PAIRS = ((tensors.present_key, tensors.past_key), (tensors.present_value, tensors.past_value))
 
 
 @pytest.fixture(scope="module")
@@ -268,28 +285,6 @@ def test_a_wrong_dtype_is_refused_when_the_session_is_made(stub: Stub) -> None:
 # ---- registration ----
 
 
-class OldRuntime:
-    """An OrtApiBase of another version, whose OrtApi can make a status and nothing else."""
-
-    def __init__(self, version: str, versions: Sequence[int]) -> None:
-        self.messages: list[str] = []
-        status = ctypes.create_string_buffer(8)
-
-        def create_status(code: int, message: bytes) -> int:
-            self.messages.append(message.decode())
-            return ctypes.addressof(status)
-
-        self.api = (ctypes.c_void_p * 102)()
-        made = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)(create_status)
-        self.api[0] = ctypes.cast(made, ctypes.c_void_p).value
-        address = ctypes.addressof(self.api)
-        get = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)(lambda n: address if n in versions else None)
-        text = ctypes.create_string_buffer(version.encode())
-        tell = ctypes.CFUNCTYPE(ctypes.c_void_p)(lambda: ctypes.addressof(text))
-        self.base = (ctypes.c_void_p * 2)(*(ctypes.cast(f, ctypes.c_void_p).value for f in (get, tell)))
-        self.kept = (made, get, tell, text, status)
-
-
 @pytest.mark.parametrize(
     ("version", "versions"),
     [("1.23.2", range(1, 24)), ("0.9.0", [1]), ("2.0.0", [1, 40]), ("nightly", range(1, 99))],
@@ -300,6 +295,7 @@ def test_an_onnx_runtime_that_cannot_run_the_ops_is_told_so(stub: Stub, version:
     (message,) = old.messages
     assert f"ONNX Runtime {version} cannot run these ops; expected 1.24 or newer" in message
     assert "\n" not in message
+    assert old.asked == ([24, 1] if version == "2.0.0" else [1])  # asking for too much is a line on stderr
 
 
 def test_a_runtime_that_cannot_even_make_a_status_gets_no_ops(stub: Stub) -> None:
@@ -331,6 +327,43 @@ def test_sessions_share_the_ops_from_many_threads(stub: Stub) -> None:
     assert not failures
     assert sorted({call["dims"][0] for call in stub.calls()}) == [1, 2, 3, 4, 5, 6]
     assert len(stub.calls()) == 120
+
+
+def test_an_exported_graph_runs_op_by_op(stub: Stub, nano_portable: Path, tmp_path: Path) -> None:
+    from qwen_rt.export.build import BuildOptions
+    from qwen_rt.export.build import build as build_bundle
+
+    build_bundle(nano_portable, tmp_path / "cuda", BuildOptions(target="cuda", quiet=True))
+    model = onnx.load(tmp_path / "cuda" / GRAPH_FILE, load_external_data=False)
+    external = [weight for weight in model.graph.initializer if weight.external_data]
+    inputs = {value.name for value in model.graph.input}
+    for weight in external:
+        model.graph.initializer.remove(weight)
+        if weight.name not in inputs:
+            model.graph.input.append(helper.make_tensor_value_info(weight.name, weight.data_type, weight.dims))
+    session = session_of(stub, model)
+    sizes = {"R": 5, "B": 2, "B + 1": 3, "max_blocks": 4, "blocks": 3, "W": 96}
+    kept, io = {}, session.io_binding()
+    dtypes = {"tensor(bfloat16)": (16, 2), "tensor(float)": (1, 4), "tensor(uint8)": (2, 1)}
+    dtypes |= {"tensor(int32)": (6, 4), "tensor(int64)": (7, 8)}
+    layers = len([name for name in inputs if name.startswith("past_") and name.endswith(".key")])
+    shared = {present(i): past(i) for i in range(layers) for present, past in CACHE_PAIRS}
+    edges = [(value, io.bind_input) for value in session.get_inputs()]
+    edges += [(value, io.bind_output) for value in session.get_outputs()]
+    for value, bind in edges:
+        shape = [sizes.get(size, size) for size in value.shape]
+        element_type, item_bytes = dtypes[value.type]
+        name = shared.get(value.name, value.name)
+        data = kept.setdefault(name, np.zeros(math.prod(shape) * item_bytes, np.uint8))
+        bind(value.name, "cpu", 0, element_type, shape, data.ctypes.data)
+    session.run_with_iobinding(io)
+    calls = stub.calls()
+    assert [call["op"] for call in calls] == [node.op_type for node in model.graph.node]
+    assert len(calls) == 5 * layers + 2
+    rows = [call["dims"][0] for call in calls]
+    assert rows == [5] * len(calls)
+    residuals = [call["tensors"][2:] for call in calls if call["op"].endswith("_residual")]
+    assert all(read == written for read, written in residuals), "a residual that is copied"
 
 
 def test_entries_are_declared_at_their_positions() -> None:

@@ -2,7 +2,7 @@
 // Op, tensors, numerics: rope_kv_append_attention.cu.
 //
 // Mapping: grid (pieces, kv_heads, rows), 8 warps. One block serves all heads of one kv head (heads / kv_heads <= 16, the
-//   rows of the matrix tile) over one piece of the tokens; each warp takes every eighth tile of 16 tokens through its own
+//   rows of the matrix tile) over one piece of the tokens, or over every n-th where there are more than fit on the GPU; each warp takes every eighth tile of 16 tokens through its own
 //   ring of tiles in shared memory (16-byte async copies, chunks swizzled by row) with a running maximum and sum.
 //   The warps combine in shared memory; of several pieces, the block that ends last combines all in order.
 // Stages: 3 tiles per warp where blocks have an SM each (192 KB of ring for D = 128: enough bytes in flight for all of the
@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, kStages < 3 ? 2 : 1) att
     __shared__ bool is_last;
 
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-    const int row = blockIdx.z, kv_head = blockIdx.y, piece = blockIdx.x;
+    const int row = blockIdx.z, kv_head = blockIdx.y;
+    int piece = blockIdx.x;
     let_next_grid_start();
 
     const int64_t position = p.positions[row];
@@ -92,19 +93,17 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, kStages < 3 ? 2 : 1) att
     const int piece_tokens = piece_of(length, p.max_pieces);
     const int num_pieces = (length + piece_tokens - 1) / piece_tokens;
     if (piece >= num_pieces) return;
-    const int begin = piece * piece_tokens, end = min(length, begin + piece_tokens);
-    const bool owns_new = end == length;
+    const bool owns_new = (num_pieces - 1 - piece) % static_cast<int>(gridDim.x) == 0;  // its last piece ends the row
 
     const uint64_t policy = evict_first_policy();
     const uint32_t base = smem_address(shared);
     const uint32_t ring = base + warp * Shared::kRingBytes;
     const int32_t* table = p.block_tables + static_cast<int64_t>(row) * p.max_blocks;
-    const int num_tiles_all = (end - begin + kTile - 1) / kTile;
-    const int num_tiles = (num_tiles_all - warp + kAttentionWarps - 1) / kAttentionWarps;  // of this warp
+    int begin, end, num_tiles;  // of the piece; tiles of this warp
 
     // The block of the next tile is looked up one tile ahead, so that no copy waits for its address.
     const auto first_token = [&](int index) { return begin + (index * kAttentionWarps + warp) * kTile; };
-    int64_t next_block = num_tiles > 0 ? table[first_token(0) / p.block_size] : 0;
+    int64_t next_block;
     // Earlier tokens come from the cache; the new one and what lies behind it is zero until it is put in.
     auto load_tile = [&](int index) {
         if (index < num_tiles) {
@@ -129,8 +128,15 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, kStages < 3 ? 2 : 1) att
         }
         commit_copies();
     };
+    const auto start_piece = [&] {
+        begin = piece * piece_tokens;
+        end = min(length, begin + piece_tokens);
+        num_tiles = ((end - begin + kTile - 1) / kTile - warp + kAttentionWarps - 1) / kAttentionWarps;
+        next_block = num_tiles > 0 ? table[first_token(0) / p.block_size] : 0;
 #pragma unroll
-    for (int i = 0; i < kStages; ++i) load_tile(i);
+        for (int i = 0; i < kStages; ++i) load_tile(i);
+    };
+    start_piece();
 
     float2* cos_sin = reinterpret_cast<float2*>(shared + Shared::kCosSin);
     for (int i = threadIdx.x; i < kD / 2; i += kThreads) {
@@ -184,128 +190,135 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, kStages < 3 ? 2 : 1) att
     for (int k = 0; k < kD / 16; ++k)
         load_matrices(query[k], base + Shared::kQuery + swizzled<kD>(lane & 15, 2 * k + (lane >> 4)));
 
-    float sums[kD / 8][4];
-#pragma unroll
-    for (int d = 0; d < kD / 8; ++d)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[d][i] = 0.f;
-    float maximum[2] = {-INFINITY, -INFINITY}, total[2] = {0.f, 0.f};  // of rows g and g + 8, in units of log2
     const float scale = p.scale * kLog2e;
-
-    for (int index = 0; index < num_tiles; ++index) {
-        wait_copies<kStages - 1>();
-        __syncwarp();
-        const int first = first_token(index);
-        const uint32_t keys = ring + index % kStages * 2 * Shared::kTileBytes, values = keys + Shared::kTileBytes;
-        if (position - first < kTile) {  // the last tile: put the new token in
-            const int token = static_cast<int>(position) - first;
-            if (lane < kChunks) {
-                store_shared(keys + swizzled<kD>(token, lane), load_shared(base + Shared::kNewKey + lane * 16));
-                store_shared(values + swizzled<kD>(token, lane), load_shared(base + Shared::kNewValue + lane * 16));
-            }
-            __syncwarp();
-        }
-        float score[2][4] = {};
-#pragma unroll
-        for (int k = 0; k < kD / 16; ++k) {
-            uint32_t b[4];
-            load_matrices(b, keys + swizzled<kD>((lane & 7) + (lane >> 4) * 8, 2 * k + ((lane >> 3) & 1)));
-            mma_bf16(score[0], query[k][0], query[k][1], query[k][2], query[k][3], b[0], b[1]);
-            mma_bf16(score[1], query[k][0], query[k][1], query[k][2], query[k][3], b[2], b[3]);
-        }
-        float highest[2] = {maximum[0], maximum[1]};
-#pragma unroll
-        for (int n = 0; n < 2; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int token = first + n * 8 + 2 * t + (i & 1);
-                score[n][i] = token < end ? score[n][i] * scale : -INFINITY;
-                highest[i >> 1] = fmaxf(highest[i >> 1], score[n][i]);
-            }
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            highest[h] = fmaxf(highest[h], __shfl_xor_sync(~0u, highest[h], 1));
-            highest[h] = fmaxf(highest[h], __shfl_xor_sync(~0u, highest[h], 2));
-            const float shrink = exp2f(maximum[h] - highest[h]);  // a tile has one visible token at least: finite
-            maximum[h] = highest[h];
-            total[h] *= shrink;
-#pragma unroll
-            for (int d = 0; d < kD / 8; ++d) sums[d][2 * h] *= shrink, sums[d][2 * h + 1] *= shrink;
-        }
-#pragma unroll
-        for (int n = 0; n < 2; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                score[n][i] = exp2f(score[n][i] - maximum[i >> 1]);
-                total[i >> 1] += score[n][i];
-            }
-        const uint32_t a0 = pack(score[0][0], score[0][1]), a1 = pack(score[0][2], score[0][3]);
-        const uint32_t a2 = pack(score[1][0], score[1][1]), a3 = pack(score[1][2], score[1][3]);
-#pragma unroll
-        for (int d = 0; d < kD / 16; ++d) {
-            uint32_t b[4];
-            load_matrices_transposed(b, values + swizzled<kD>(lane & 15, 2 * d + (lane >> 4)));
-            mma_bf16(sums[2 * d], a0, a1, a2, a3, b[0], b[1]);
-            mma_bf16(sums[2 * d + 1], a0, a1, a2, a3, b[2], b[3]);
-        }
-        __syncwarp();
-        load_tile(index + kStages);
-    }
-    wait_copies<0>();
-    __syncwarp();
-
-    // The warps' sums become one.
-    float2* max_sum = reinterpret_cast<float2*>(shared + Shared::kMaxSum);
-    float* mine = reinterpret_cast<float*>(shared + warp * Shared::kRingBytes);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        total[h] += __shfl_xor_sync(~0u, total[h], 1);
-        total[h] += __shfl_xor_sync(~0u, total[h], 2);
-        if (t == 0) max_sum[warp * kMaxGroup + g + 8 * h] = {maximum[h], total[h]};
+    int num_done = 0;
+    while (true) {
+        float sums[kD / 8][4];
 #pragma unroll
         for (int d = 0; d < kD / 8; ++d)
-            if (g + 8 * h < p.group)
-                *reinterpret_cast<float2*>(mine + (g + 8 * h) * kD + d * 8 + 2 * t) = {sums[d][2 * h], sums[d][2 * h + 1]};
-    }
-    __syncthreads();
-    const int64_t slot = (static_cast<int64_t>(row) * p.kv_heads + kv_head) * p.max_pieces + piece;
-    for (int i = threadIdx.x; i < p.group * kD / 4; i += kThreads) {
-        const int head = i / (kD / 4), d = i % (kD / 4) * 4;
-        float highest = -INFINITY;
 #pragma unroll
-        for (int w = 0; w < kAttentionWarps; ++w) highest = fmaxf(highest, max_sum[w * kMaxGroup + head].x);
-        float4 sum = {0.f, 0.f, 0.f, 0.f};
-        float weight_sum = 0.f;
+            for (int i = 0; i < 4; ++i) sums[d][i] = 0.f;
+        float maximum[2] = {-INFINITY, -INFINITY}, total[2] = {0.f, 0.f};  // of rows g and g + 8, in units of log2
+
+        for (int index = 0; index < num_tiles; ++index) {
+            wait_copies<kStages - 1>();
+            __syncwarp();
+            const int first = first_token(index);
+            const uint32_t keys = ring + index % kStages * 2 * Shared::kTileBytes, values = keys + Shared::kTileBytes;
+            if (position - first < kTile) {  // the last tile: put the new token in
+                const int token = static_cast<int>(position) - first;
+                if (lane < kChunks) {
+                    store_shared(keys + swizzled<kD>(token, lane), load_shared(base + Shared::kNewKey + lane * 16));
+                    store_shared(values + swizzled<kD>(token, lane), load_shared(base + Shared::kNewValue + lane * 16));
+                }
+                __syncwarp();
+            }
+            float score[2][4] = {};
 #pragma unroll
-        for (int w = 0; w < kAttentionWarps; ++w) {
-            const float2 of_warp = max_sum[w * kMaxGroup + head];
-            const float factor = exp2f(of_warp.x - highest);
-            const float4 v = *reinterpret_cast<const float4*>(shared + w * Shared::kRingBytes + (head * kD + d) * 4);
-            weight_sum = fmaf(of_warp.y, factor, weight_sum);
-            sum.x = fmaf(v.x, factor, sum.x), sum.y = fmaf(v.y, factor, sum.y);
-            sum.z = fmaf(v.z, factor, sum.z), sum.w = fmaf(v.w, factor, sum.w);
+            for (int k = 0; k < kD / 16; ++k) {
+                uint32_t b[4];
+                load_matrices(b, keys + swizzled<kD>((lane & 7) + (lane >> 4) * 8, 2 * k + ((lane >> 3) & 1)));
+                mma_bf16(score[0], query[k][0], query[k][1], query[k][2], query[k][3], b[0], b[1]);
+                mma_bf16(score[1], query[k][0], query[k][1], query[k][2], query[k][3], b[2], b[3]);
+            }
+            float highest[2] = {maximum[0], maximum[1]};
+#pragma unroll
+            for (int n = 0; n < 2; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int token = first + n * 8 + 2 * t + (i & 1);
+                    score[n][i] = token < end ? score[n][i] * scale : -INFINITY;
+                    highest[i >> 1] = fmaxf(highest[i >> 1], score[n][i]);
+                }
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                highest[h] = fmaxf(highest[h], __shfl_xor_sync(~0u, highest[h], 1));
+                highest[h] = fmaxf(highest[h], __shfl_xor_sync(~0u, highest[h], 2));
+                const float shrink = exp2f(maximum[h] - highest[h]);  // a tile has one visible token at least: finite
+                maximum[h] = highest[h];
+                total[h] *= shrink;
+#pragma unroll
+                for (int d = 0; d < kD / 8; ++d) sums[d][2 * h] *= shrink, sums[d][2 * h + 1] *= shrink;
+            }
+#pragma unroll
+            for (int n = 0; n < 2; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    score[n][i] = exp2f(score[n][i] - maximum[i >> 1]);
+                    total[i >> 1] += score[n][i];
+                }
+            const uint32_t a0 = pack(score[0][0], score[0][1]), a1 = pack(score[0][2], score[0][3]);
+            const uint32_t a2 = pack(score[1][0], score[1][1]), a3 = pack(score[1][2], score[1][3]);
+#pragma unroll
+            for (int d = 0; d < kD / 16; ++d) {
+                uint32_t b[4];
+                load_matrices_transposed(b, values + swizzled<kD>(lane & 15, 2 * d + (lane >> 4)));
+                mma_bf16(sums[2 * d], a0, a1, a2, a3, b[0], b[1]);
+                mma_bf16(sums[2 * d + 1], a0, a1, a2, a3, b[2], b[3]);
+            }
+            __syncwarp();
+            load_tile(index + kStages);
         }
-        if (num_pieces == 1) {
-            const float f = 1.f / weight_sum;
-            *reinterpret_cast<uint2*>(out + head * kD + d) = {pack(sum.x * f, sum.y * f), pack(sum.z * f, sum.w * f)};
-        } else {
-            __stcg(reinterpret_cast<float4*>(p.partial + (slot * p.group + head) * kD + d), sum);
-            if (d == 0) __stcg(p.partial_max + slot * p.group + head, make_float2(highest, weight_sum));
+        wait_copies<0>();
+        __syncwarp();
+
+        // The warps' sums become one.
+        float2* max_sum = reinterpret_cast<float2*>(shared + Shared::kMaxSum);
+        float* mine = reinterpret_cast<float*>(shared + warp * Shared::kRingBytes);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            total[h] += __shfl_xor_sync(~0u, total[h], 1);
+            total[h] += __shfl_xor_sync(~0u, total[h], 2);
+            if (t == 0) max_sum[warp * kMaxGroup + g + 8 * h] = {maximum[h], total[h]};
+#pragma unroll
+            for (int d = 0; d < kD / 8; ++d)
+                if (g + 8 * h < p.group)
+                    *reinterpret_cast<float2*>(mine + (g + 8 * h) * kD + d * 8 + 2 * t) = {sums[d][2 * h], sums[d][2 * h + 1]};
         }
+        __syncthreads();
+        const int64_t slot = (static_cast<int64_t>(row) * p.kv_heads + kv_head) * p.max_pieces + piece;
+        for (int i = threadIdx.x; i < p.group * kD / 4; i += kThreads) {
+            const int head = i / (kD / 4), d = i % (kD / 4) * 4;
+            float highest = -INFINITY;
+#pragma unroll
+            for (int w = 0; w < kAttentionWarps; ++w) highest = fmaxf(highest, max_sum[w * kMaxGroup + head].x);
+            float4 sum = {0.f, 0.f, 0.f, 0.f};
+            float weight_sum = 0.f;
+#pragma unroll
+            for (int w = 0; w < kAttentionWarps; ++w) {
+                const float2 of_warp = max_sum[w * kMaxGroup + head];
+                const float factor = exp2f(of_warp.x - highest);
+                const float4 v = *reinterpret_cast<const float4*>(shared + w * Shared::kRingBytes + (head * kD + d) * 4);
+                weight_sum = fmaf(of_warp.y, factor, weight_sum);
+                sum.x = fmaf(v.x, factor, sum.x), sum.y = fmaf(v.y, factor, sum.y);
+                sum.z = fmaf(v.z, factor, sum.z), sum.w = fmaf(v.w, factor, sum.w);
+            }
+            if (num_pieces == 1) {
+                const float f = 1.f / weight_sum;
+                *reinterpret_cast<uint2*>(out + head * kD + d) = {pack(sum.x * f, sum.y * f), pack(sum.z * f, sum.w * f)};
+            } else {
+                __stcg(reinterpret_cast<float4*>(p.partial + (slot * p.group + head) * kD + d), sum);
+                if (d == 0) __stcg(p.partial_max + slot * p.group + head, make_float2(highest, weight_sum));
+            }
+        }
+        if (num_pieces == 1) return;
+        ++num_done;
+        piece += static_cast<int>(gridDim.x);
+        __syncthreads();
+        if (piece >= num_pieces) break;
+        start_piece();
     }
-    if (num_pieces == 1) return;
 
     // The block that ends last combines all pieces, in order.
-    __syncthreads();
     if (threadIdx.x == 0) {
         uint32_t* counter = p.counters + row * p.kv_heads + kv_head;
-        is_last = add_in_order(counter, 1) == static_cast<uint32_t>(num_pieces - 1);
+        is_last = add_in_order(counter, num_done) == static_cast<uint32_t>(num_pieces - num_done);
         if (is_last) *counter = 0;
     }
     __syncthreads();
     if (!is_last) return;
     // Factors of the pieces by warps, one head each, while the first sums are under way.
-    const int64_t slot0 = slot - piece;
+    const int64_t slot0 = (static_cast<int64_t>(row) * p.kv_heads + kv_head) * p.max_pieces;
     const int num_padded = (num_pieces + kCombineBatch - 1) / kCombineBatch * kCombineBatch;
     float* factors = reinterpret_cast<float*>(shared);  // [group][num_padded], 0 behind the pieces
     const int num_items = p.group * kD / 4;
@@ -406,9 +419,12 @@ int32_t launch_attention_decode(const QwenRtCall& call, const Device& device, co
     const int64_t pieces = a.max_length >= static_cast<int64_t>(p.max_pieces) * kMinPiece
                                ? p.max_pieces
                                : (a.max_length + kMinPiece - 1) / kMinPiece;
-    const dim3 grid(static_cast<unsigned>(pieces), static_cast<unsigned>(a.kv_heads), static_cast<unsigned>(a.rows));
     const bool is_crowded = a.rows * a.kv_heads * pieces > device.num_sms ||
                             AttentionShared<128, 3>::kBytes > device.max_shared_bytes;
+    // More blocks than run at once would mostly find no piece left: then a block takes several.
+    const int64_t at_once = (2 * device.num_sms + a.rows * a.kv_heads - 1) / (a.rows * a.kv_heads);
+    const dim3 grid(static_cast<unsigned>(pieces < at_once ? pieces : at_once), static_cast<unsigned>(a.kv_heads),
+                    static_cast<unsigned>(a.rows));
     if (a.head_dim == 64)
         return is_crowded ? launch_variant<64, 2>(call, device, grid, p) : launch_variant<64, 3>(call, device, grid, p);
     return is_crowded ? launch_variant<128, 1>(call, device, grid, p) : launch_variant<128, 3>(call, device, grid, p);

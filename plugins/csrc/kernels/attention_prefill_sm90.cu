@@ -36,7 +36,7 @@ constexpr int kTileRows = 128;    // queries of a block, and keys of a tile
 constexpr int kTileStages = 2;
 constexpr int kWarpgroup = 128;
 constexpr int kPrefillThreads = 3 * kWarpgroup;
-constexpr int kPanelBytes = kTileRows * 128;  // 64 columns of a tile
+[[maybe_unused]] constexpr int kPanelBytes = kTileRows * 128;  // 64 columns of a tile
 
 template <int kD>
 struct PrefillSm90Shared {

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from onnx import helper
@@ -23,7 +24,7 @@ ELEMENT_TYPES = {"bf16": 16, "f32": 1, "i32": 6, "i64": 7, "u8": 2}
 ITEM_BYTES = {"bf16": 2, "f32": 4, "i32": 4, "i64": 8, "u8": 1}
 WORKSPACE = OpTensor("workspace", "u8", ("W",))
 PRIMES = (3, 5, 7, 11, 13, 17, 19, 23)
-SHORTEST = {"ring"}  # dims that only outputs tell: no graph can have those outputs
+UNTOLD = {"ring"}  # dims that only outputs tell: no graph can have those outputs
 
 
 class Stub:
@@ -86,6 +87,10 @@ def open_session(
         graph.value_info.append(helper.make_tensor_value_info(name, ELEMENT_TYPES[tensor.dtype], shape))
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=11)
+    return session_of(stub, model)
+
+
+def session_of(stub: Stub, model: onnx.ModelProto) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -173,8 +178,36 @@ class Case:
         return [self.buffers.address(tensor.name) for tensor in self.op.tensors]
 
 
+class OldRuntime:
+    """An OrtApiBase of another version, whose OrtApi can make a status and nothing else."""
+
+    def __init__(self, version: str, versions: Sequence[int]) -> None:
+        self.messages: list[str] = []
+        status = ctypes.create_string_buffer(8)
+
+        def create_status(code: int, message: bytes) -> int:
+            self.messages.append(message.decode())
+            return ctypes.addressof(status)
+
+        self.api = (ctypes.c_void_p * 102)()
+        made = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)(create_status)
+        self.api[0] = ctypes.cast(made, ctypes.c_void_p).value
+        address = ctypes.addressof(self.api)
+        self.asked: list[int] = []
+
+        def get_api(number: int) -> int | None:
+            self.asked.append(number)
+            return address if number in versions else None
+
+        get = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)(get_api)
+        text = ctypes.create_string_buffer(version.encode())
+        tell = ctypes.CFUNCTYPE(ctypes.c_void_p)(lambda: ctypes.addressof(text))
+        self.base = (ctypes.c_void_p * 2)(*(ctypes.cast(f, ctypes.c_void_p).value for f in (get, tell)))
+        self.kept = (made, get, tell, text, status)
+
+
 def untold(op: PluginOp) -> list[str]:
-    return [tensor.name for tensor in op.outputs if SHORTEST & set(tensor.shape)]
+    return [tensor.name for tensor in op.outputs if UNTOLD & set(tensor.shape)]
 
 
 def required_attributes(op: PluginOp) -> dict[str, float]:

@@ -56,7 +56,7 @@ def test_every_field_of_every_row_is_packed(buffers: RowBuffers) -> None:
     busy.output_ids = [1, 2, 3]
     plain = request([5], [3], seed=9)
     plan = plan_of((busy, plain), VOCAB)
-    buffers.write_rows((busy, plain), (7, -1), plan, VOCAB)
+    buffers.write_rows((busy, plain), (7, -1), plan, VOCAB, BLOCKS)
     host = {name: array.tolist() for name, array in buffers.host.items()}
     assert host["num_outputs"] == [3, 0, 0, 0]
     assert buffers.host["seeds"].view(np.uint64).tolist() == [2**64 - 1, 9, 0, 0]
@@ -71,9 +71,15 @@ def test_every_field_of_every_row_is_packed(buffers: RowBuffers) -> None:
     assert host["positions"] == [-1] * 4
     assert host["query_starts"] == [0, 1, 2, 3, 4]
     assert host["logits_indices"] == [0, 1, 2, 3]
-    buffers.write_rows((), (), plan, VOCAB)
+    buffers.write_rows((), (), plan, VOCAB, BLOCKS)
     assert buffers.host["block_tables"].max() == 0
     assert buffers.host["count_slots"].tolist() == [-1] * 4
+
+
+def test_narrow_block_tables_lie_at_the_start(buffers: RowBuffers) -> None:
+    rows = (request([5], [2, 1]), request([5], [1]))
+    buffers.write_rows(rows, (-1, -1), SamplePlan(), VOCAB, 2)
+    assert buffers.host["block_tables"].ravel().tolist() == [2, 1, 1, 0, *[0] * (ROWS * BLOCKS - 4)]
 
 
 def test_edits_are_packed_row_by_row(buffers: RowBuffers) -> None:
@@ -83,11 +89,11 @@ def test_edits_are_packed_row_by_row(buffers: RowBuffers) -> None:
     rows = (biased, plain, waiting)
     plan = plan_of(rows, VOCAB)
     assert plan == SamplePlan(full=True, num_edits=8)
-    buffers.write_rows(rows, (-1,) * 3, plan, VOCAB)
+    buffers.write_rows(rows, (-1,) * 3, plan, VOCAB, BLOCKS)
     always = 2**31 - 1
     expected = [[(8, 1.5, always), (3, -2.0, always)], [], [(50, -np.inf, 4), (60, -np.inf, 4)], []]
     assert edits(buffers, plan) == expected
-    buffers.write_rows((plain,), (-1,), plan, VOCAB)
+    buffers.write_rows((plain,), (-1,), plan, VOCAB, BLOCKS)
     assert edits(buffers, plan) == [[]] * 4
 
 
@@ -95,7 +101,7 @@ def test_what_is_uploaded_is_what_was_written(gpu: FakeGpu, buffers: RowBuffers,
     row = request([5], [1], logit_bias=dict.fromkeys(range(100), 1.0))
     plan = plan_of((row,), VOCAB)
     assert plan.num_edits == 128
-    buffers.write_rows((row,), (-1,), plan, VOCAB)
+    buffers.write_rows((row,), (-1,), plan, VOCAB, BLOCKS)
     buffers.upload(plan)
     buffers.wait_upload()
     back = resources.pinned(8 << 10)
