@@ -41,6 +41,7 @@ STEP_OPS = (
     "rmsnorm_qkv",
     "rope_kv_append_attention",
     "o_proj_residual",
+    "select_o_proj_residual",
     "rmsnorm_gate_up_silu",
     "down_residual",
     "lm_head",
@@ -132,6 +133,11 @@ class OpCases:
             out = torch.empty_like(x)
             with_each("weight", cold(weight), {name: source, "residual": x, "out": out})
             check = tell(out, lambda: references.o_proj_residual(source, weight, x))
+        elif op == "select_o_proj_residual":
+            out, indices = torch.empty_like(x), torch.arange(rows, device="cuda")
+            rest = {"attention": step.attended, "indices": indices, "residual": x, "out": out}
+            with_each("weight", cold(w["o"]), rest)
+            check = tell(out, lambda: references.o_proj_residual(step.attended, w["o"], x))
         elif op == "rmsnorm_gate_up_silu":
             rest = {"hidden": x, "norm_weight": w["norm2"], "activation": step.activation}
             with_each("gate_weight up_weight", cold(w["gate"], w["up"]), rest, epsilon=epsilon)
@@ -140,7 +146,6 @@ class OpCases:
             )
         elif op == "lm_head":
             rest = {"hidden": x, "norm_weight": step.norm, "logits": step.logits}
-            rest["indices"] = step.indices
             with_each("weight", [(step.head,)], rest, epsilon=epsilon)
             check = tell(step.logits, lambda: references.lm_head(x, step.norm, step.head, epsilon))
         elif op == "rope_kv_append_attention":

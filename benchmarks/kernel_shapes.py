@@ -121,8 +121,13 @@ class ModelShape:
         return self.floor_bytes + (0 if self.tied else 2 * self.hidden * self.vocab)
 
     def prefill_flops(self, tokens: int) -> int:
-        """Operations of reading a prompt and choosing one token: products, causal attention, one row of the head."""
-        products = 2 * tokens * self.layers * sum(self.layer_parameters.values())
+        """Operations of reading a prompt and choosing one token: products, causal attention, one row of the head.
+
+        The last layer works for one row behind its attention.
+        """
+        layer = sum(self.layer_parameters.values())
+        behind_attention = layer - self.layer_parameters["rmsnorm_qkv"]
+        products = 2 * (tokens * (self.layers * layer - behind_attention) + behind_attention)
         attention = 2 * tokens * tokens * self.layers * self.heads * self.head_dim
         return products + attention + 2 * self.hidden * self.vocab
 
@@ -146,6 +151,7 @@ class ModelShape:
         if op == "embed":
             read = 2 * rows * self.hidden
             return OpCost(read, 2 * read + 8 * rows, 0)
+        op = op.removeprefix("select_")  # reads as much
         weights = self.layer_parameters[op]
         activations = {
             "rmsnorm_qkv": self.hidden + qkv,

@@ -139,7 +139,6 @@ class DecodeStep:
         self.ids = torch.randint(s.vocab, (rows,), device="cuda")
         self.positions = torch.full((rows,), prompt, dtype=torch.int64, device="cuda")
         self.query_starts = torch.arange(rows + 1, dtype=torch.int32, device="cuda")
-        self.indices = torch.arange(rows, device="cuda")
         self.hidden = random_bf16(rows, s.hidden)
         self.qkv = random_bf16(rows, (s.heads + 2 * s.kv_heads) * s.head_dim)
         self.attended = random_bf16(rows, s.heads * s.head_dim)
@@ -184,7 +183,7 @@ class DecodeStep:
                 "down_residual", {"activation": self.activation, "weight": w["down"], "residual": hidden, "out": hidden}
             )
         head = {"norm_weight": self.norm, "weight": self.head, "logits": self.logits}
-        call("lm_head", {"hidden": hidden, "indices": self.indices, **head}, epsilon=self.epsilon)
+        call("lm_head", {"hidden": hidden, **head}, epsilon=self.epsilon)
         call("sample", {"logits": self.logits, "positions": self.positions, "next_ids": self.ids})
 
     def qkv_tensors(self, w: dict[str, Tensor]) -> dict[str, Tensor | None]:

@@ -11,9 +11,10 @@ no code op by op.
 | `rmsnorm_qkv`              | `qkv = concat(q, k, v)(norm(hidden)) + bias`                                          |
 | `rope_kv_append_attention` | rope on q and k, k and v into the paged cache, causal attention of the new tokens     |
 | `o_proj_residual`          | `out = residual + o(attention)`                                                       |
+| `select_o_proj_residual`   | the same for the rows `indices` only, one of each sequence: in the last layer         |
 | `rmsnorm_gate_up_silu`     | `activation = silu(gate(norm(hidden))) · up(norm(hidden))`                            |
 | `down_residual`            | `out = residual + down(activation)`                                                   |
-| `lm_head`                  | `logits = head(norm(hidden[indices]))`                                                |
+| `lm_head`                  | `logits = head(norm(hidden))`                                                         |
 | `sample`                   | the next token of every row, and every position moves on by one                       |
 
 A row is a token. The tokens of all sequences of a call lie behind each other, those of a sequence in order of position:
@@ -217,6 +218,19 @@ OPS: tuple[PluginOp, ...] = (
         has_workspace=True,
     ),
     PluginOp(
+        "select_o_proj_residual",
+        1,
+        ("rows", "sequences", "width", "hidden"),
+        (
+            _matrix("attention", "rows", "width"),
+            OpTensor("indices", "i64", ("sequences",)),
+            _matrix("weight", "hidden", "width"),
+            _matrix("residual", "rows", "hidden"),
+        ),
+        (_matrix("out", "sequences", "hidden"),),
+        has_workspace=True,
+    ),
+    PluginOp(
         "rmsnorm_gate_up_silu",
         2,
         ("rows", "hidden", "ffn"),
@@ -244,17 +258,11 @@ OPS: tuple[PluginOp, ...] = (
     ),
     PluginOp(
         "lm_head",
-        2,
-        ("rows", "sequences", "hidden", "vocab"),
-        (
-            _matrix("hidden", "rows", "hidden"),
-            OpTensor("indices", "i64", ("sequences",)),
-            _matrix("norm_weight", "hidden"),
-            _matrix("weight", "vocab", "hidden"),
-        ),
-        (OpTensor("logits", "f32", ("sequences", "vocab")),),
+        3,
+        ("rows", "hidden", "vocab"),
+        (_matrix("hidden", "rows", "hidden"), _matrix("norm_weight", "hidden"), _matrix("weight", "vocab", "hidden")),
+        (OpTensor("logits", "f32", ("rows", "vocab")),),
         _EPSILON,
-        has_workspace=True,
     ),
     PluginOp(
         "sample",

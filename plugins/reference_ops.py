@@ -45,6 +45,7 @@ __all__ = [
     "rope_kv_append_attention",
     "round_bf16",
     "round_outputs",
+    "select_o_proj_residual",
 ]
 
 F64 = NDArray[np.float64]
@@ -256,6 +257,27 @@ def o_proj_residual(attention: ArrayLike, weight: ArrayLike, residual: ArrayLike
     return _rounding(bf16)(np.asarray(residual, np.float64) + reference.linear(attention, weight))
 
 
+def select_o_proj_residual(
+    attention: ArrayLike, indices: ArrayLike, weight: ArrayLike, residual: ArrayLike, *, bf16: bool = False
+) -> F64:
+    """Project and add one row of each sequence: `out = residual[indices] + weight · attention[indices]`.
+
+    Args:
+        attention: [rows, width].
+        indices: int[sequences]; not read if rows = sequences. One that is no row gives a row of NaN.
+        weight: [hidden, width].
+        residual: [rows, hidden].
+        bf16: Round as the kernel does.
+
+    Returns:
+        f64[sequences, hidden].
+    """
+    rows, stream, wanted = np.asarray(attention), np.asarray(residual), np.asarray(indices, np.int64)
+    if len(rows) != len(wanted):
+        rows, stream = embed(wanted, rows), embed(wanted, stream)  # lookups of rows, NaN outside of them
+    return o_proj_residual(rows, weight, stream, bf16=bf16)
+
+
 def rmsnorm_gate_up_silu(
     hidden: ArrayLike,
     norm_weight: ArrayLike,
@@ -299,32 +321,20 @@ def down_residual(activation: ArrayLike, weight: ArrayLike, residual: ArrayLike,
     return o_proj_residual(activation, weight, residual, bf16=bf16)
 
 
-def lm_head(
-    hidden: ArrayLike,
-    indices: ArrayLike,
-    norm_weight: ArrayLike,
-    weight: ArrayLike,
-    *,
-    epsilon: float,
-    bf16: bool = False,
-) -> F64:
-    """Take one row of each sequence, normalize, project: `logits = weight · norm(hidden[indices])`.
+def lm_head(hidden: ArrayLike, norm_weight: ArrayLike, weight: ArrayLike, *, epsilon: float, bf16: bool = False) -> F64:
+    """Normalize, project: `logits = weight · norm(hidden)`.
 
     Args:
         hidden: [rows, hidden].
-        indices: int[sequences]; not read if rows = sequences. One that is no row gives logits of NaN.
         norm_weight: [hidden].
         weight: [vocab, hidden].
         epsilon: Added to the mean square.
         bf16: Round as the kernel does. Logits are float32, which is not imitated.
 
     Returns:
-        f64[sequences, vocab].
+        f64[rows, vocab].
     """
-    rows, wanted = np.asarray(hidden), np.asarray(indices, np.int64)
-    if len(rows) != len(wanted):
-        rows = embed(wanted, rows)  # a lookup of rows, NaN outside of them
-    return _normed_linear(rows, norm_weight, [weight], epsilon, bf16)[0]
+    return _normed_linear(np.asarray(hidden), norm_weight, [weight], epsilon, bf16)[0]
 
 
 REFERENCES: Mapping[str, Callable[..., F64 | tuple[F64, ...]]] = {
@@ -332,6 +342,7 @@ REFERENCES: Mapping[str, Callable[..., F64 | tuple[F64, ...]]] = {
     "rmsnorm_qkv": rmsnorm_qkv,
     "rope_kv_append_attention": rope_kv_append_attention,
     "o_proj_residual": o_proj_residual,
+    "select_o_proj_residual": select_o_proj_residual,
     "rmsnorm_gate_up_silu": rmsnorm_gate_up_silu,
     "down_residual": down_residual,
     "lm_head": lm_head,

@@ -1,8 +1,9 @@
 """Measure kernels and whole models on this GPU, and hold the committed figures against the bars of an issue.
 
 `bench kernels` times every plugin op at the shapes of the Qwen2 models, `bench latency` whole models through ONNX
-Runtime: time per token by rows and by prompt, time to the first token, load time and memory. Weights are random, made
-on the device. Nothing is timed before it is checked. Figures are relative to the bandwidth measured in the same run.
+Runtime: time per token by rows and by prompt, time to the first token, load time and memory. `bench timeline` shows
+where host and device are during decode steps. Weights are random, made on the device. Nothing is timed before it is
+checked. Figures are relative to the bandwidth measured in the same run.
 `bench bars` needs no GPU: it reads the committed rows and exits 1 if a bar is missed or has no row.
 """
 
@@ -21,6 +22,7 @@ example:
   qwen-rt bench kernels --model 7b --rows 1 16
   qwen-rt bench latency 1.5b 7b --picture latency.svg
   qwen-rt bench latency math-7b --prompts 128 6144
+  qwen-rt bench timeline 1.5b --picture timeline.svg
   qwen-rt bench bars --issue 3
 """
 
@@ -35,6 +37,12 @@ example:
   qwen-rt bench latency 7b
   qwen-rt bench latency 72b --layers 20 --rows 1 16 --prompts 128 --ttft 6144
   qwen-rt bench latency math-7b --output math-7b.jsonl
+"""
+_TIMELINE_EPILOG = """\
+example:
+  qwen-rt bench timeline
+  qwen-rt bench timeline 7b --rows 16 --prompt 1024 --steps 12 --picture timeline.svg
+  qwen-rt bench timeline math-7b --dry
 """
 _BARS_EPILOG = """\
 example:
@@ -79,6 +87,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             _LATENCY_EPILOG,
         )
     )
+    _add_timeline(
+        command(
+            "timeline",
+            "where host and device are during decode steps",
+            "Record decode steps as the engine runs them: when the host launches, waits and reads, when the device\n"
+            "computes; its idle time between steps, the host's time of a step, and how early a step is launched.\n"
+            "Steps without events are timed beside them. Models and checks are those of `bench latency`.",
+            _TIMELINE_EPILOG,
+        )
+    )
     _add_bars(
         command(
             "bars",
@@ -96,6 +114,10 @@ def _rows(text: str) -> int:
 
 def _tokens(text: str) -> int:
     return _number(text, 1, 1 << 20)
+
+
+def _steps(text: str) -> int:
+    return _number(text, 1, 64)
 
 
 def _number(text: str, low: int, high: int) -> int:
@@ -157,6 +179,19 @@ def _add_latency(parser: argparse.ArgumentParser) -> None:
     _add_output(parser, "latency")
 
 
+def _add_timeline(parser: argparse.ArgumentParser) -> None:
+    names = ", ".join(MODELS)
+    parser.add_argument(
+        "model", nargs="?", default="1.5b", metavar="MODEL", help=f"{names}, or a bundle (default: 1.5b)"
+    )
+    parser.add_argument("--rows", type=_rows, default=1, metavar="N", help="rows that decode at once (default: 1)")
+    parser.add_argument("--prompt", type=_tokens, default=128, metavar="N", help="tokens of each row (default: 128)")
+    parser.add_argument("--steps", type=_steps, default=8, metavar="N", help="steps, 1 to 64 (default: 8)")
+    parser.add_argument("--device", type=int, default=0, metavar="N", help="which GPU (default: 0)")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the steps, .svg")
+    _add_output(parser, "timeline")
+
+
 def _add_output(parser: argparse.ArgumentParser, benchmark: str) -> None:
     text = f"file that rows are appended to (default: benchmarks/results/{benchmark}.jsonl of a checkout)"
     parser.add_argument("--output", type=Path, metavar="FILE", help=text)
@@ -180,7 +215,7 @@ def run(args: argparse.Namespace) -> int:
     output = None if args.dry else harness.results_file(args.what, args.output)
     if output is None and not args.dry:
         raise UsageError("no file for the rows", "--output FILE outside a checkout", "or --dry to write none")
-    return _run_kernels(args, output) if args.what == "kernels" else _run_latency(args, output)
+    return {"kernels": _run_kernels, "latency": _run_latency, "timeline": _run_timeline}[args.what](args, output)
 
 
 def _run_kernels(args: argparse.Namespace, output: Path | None) -> int:
@@ -215,6 +250,22 @@ def _run_latency(args: argparse.Namespace, output: Path | None) -> int:
         args.models,
         plan,
         layers=args.layers,
+        device=args.device,
+        output=output,
+        picture=args.picture,
+        quiet=args.quiet,
+    )
+    return 0
+
+
+def _run_timeline(args: argparse.Namespace, output: Path | None) -> int:
+    from qwen_rt.benchmarks import timeline
+
+    timeline.run(
+        args.model,
+        args.rows,
+        args.prompt,
+        args.steps,
         device=args.device,
         output=output,
         picture=args.picture,

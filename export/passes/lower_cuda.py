@@ -15,7 +15,7 @@ from qwen_rt.export.passes.plugin_node import OPSET_VERSION, plugin_node
 from qwen_rt.ops import BLOCK_SIZE, DOMAIN
 from qwen_rt.spec import ModelSpec
 
-__all__ = ["LAYER_OPS", "check_cuda_shapes", "lower_cuda"]
+__all__ = ["LAST_O_PROJ", "LAYER_OPS", "check_cuda_shapes", "lower_cuda"]
 
 LAYER_OPS = (
     "rmsnorm_qkv",
@@ -24,7 +24,10 @@ LAYER_OPS = (
     "rmsnorm_gate_up_silu",
     "down_residual",
 )
-"""The ops of a decoder layer, in order. Before the first layer stands `embed`, after the last `lm_head`."""
+"""The ops of a decoder layer, in order. Before the first layer stands `embed`, after the last `lm_head`. The last layer
+has `LAST_O_PROJ` for its `o_proj_residual`: from there on only the rows whose logits are wanted are computed."""
+
+LAST_O_PROJ = "select_o_proj_residual"
 
 _HEAD_DIMS = (64, 128)
 _MAX_GROUP = 16
@@ -56,6 +59,8 @@ def lower_cuda(model: ir.Model, spec: ModelSpec, max_length: int) -> ir.Model:
 
         input_ids ─ embed ─ L × ( rmsnorm_qkv ─ rope_kv_append_attention ─ o_proj_residual ─
                                   rmsnorm_gate_up_silu ─ down_residual ) ─ lm_head ─ logits
+
+    In the last layer `select_o_proj_residual` takes the rows of `logits_indices`; what follows has B rows instead of R.
 
     The new graph is written from the table, not edited out of the old one, which is first held against the spec node
     by node (`match_decoder`): so nothing of it can get lost.
@@ -132,7 +137,6 @@ class _Emitter:
             "/lm_head",
             {
                 "hidden": hidden,
-                "indices": self.inputs[tensors.LOGITS_INDICES],
                 "norm_weight": self.weights["model.norm.weight"],
                 "weight": head,
             },
@@ -155,7 +159,7 @@ class _Emitter:
         spec, weights = self.spec, self.weights
         name, path = f"model.layers.{layer}", f"/model/layers.{layer}"
         q_width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        stream, epsilon = [("R", spec.hidden_size)], {"epsilon": spec.rms_norm_eps}
+        epsilon = {"epsilon": spec.rms_norm_eps}
 
         projections = {
             f"{letter}_{kind}": weights[f"{name}.self_attn.{letter}_proj.{kind}"]
@@ -194,14 +198,20 @@ class _Emitter:
             presents.append(value)
         o_proj = weights[f"{name}.self_attn.o_proj.weight"]
         attention = {"attention": attended, "weight": o_proj, "residual": hidden}
-        (hidden,) = self._add("o_proj_residual", f"{path}/self_attn", attention, stream)
+        is_last = layer == spec.num_layers - 1
+        rows = "B" if is_last else "R"
+        if is_last:
+            attention["indices"] = self.inputs[tensors.LOGITS_INDICES]
+        stream = [(rows, spec.hidden_size)]
+        op_name = LAST_O_PROJ if is_last else "o_proj_residual"
+        (hidden,) = self._add(op_name, f"{path}/self_attn", attention, stream)
         mlp = {
             "hidden": hidden,
             "norm_weight": weights[f"{name}.post_attention_layernorm.weight"],
             "gate_weight": weights[f"{name}.mlp.gate_proj.weight"],
             "up_weight": weights[f"{name}.mlp.up_proj.weight"],
         }
-        (activation,) = self._add("rmsnorm_gate_up_silu", f"{path}/mlp", mlp, [("R", spec.intermediate_size)], epsilon)
+        (activation,) = self._add("rmsnorm_gate_up_silu", f"{path}/mlp", mlp, [(rows, spec.intermediate_size)], epsilon)
         down_proj = weights[f"{name}.mlp.down_proj.weight"]
         down = {"activation": activation, "weight": down_proj, "residual": hidden}
         (hidden,) = self._add("down_residual", f"{path}/mlp", down, stream)
@@ -222,7 +232,9 @@ class _Emitter:
 
 def _check_ops(model: ir.Model, num_layers: int) -> None:
     """Demand the plugin ops that a model of so many layers has, and nothing else."""
-    expected = {(DOMAIN, name): num_layers for name in LAYER_OPS} | {(DOMAIN, "embed"): 1, (DOMAIN, "lm_head"): 1}
+    expected = {(DOMAIN, name): num_layers for name in LAYER_OPS}
+    expected[DOMAIN, "o_proj_residual"] -= 1
+    expected |= {(DOMAIN, name): 1 for name in ("embed", LAST_O_PROJ, "lm_head")}
     found = Counter((node.domain, node.op_type) for node in model.graph)
     for domain, name in sorted(found.keys() | expected.keys()):
         if found[(domain, name)] != expected.get((domain, name), 0):

@@ -1,14 +1,17 @@
-"""Timing of a session by CUDA events: decode steps launched back to back, and whole prefills."""
+"""Timing of a session by CUDA events: decode steps back to back, whole prefills, and steps as an engine runs them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qwen_rt.errors import CapacityError, UsageError
 from qwen_rt.ops import BLOCK_SIZE
+from qwen_rt.runtime.cuda.cudart import Cudart
 from qwen_rt.runtime.cuda.memory import Resources
 from qwen_rt.runtime.cuda.model import DeviceModel
 from qwen_rt.runtime.executor import RowState
@@ -17,9 +20,33 @@ from qwen_rt.runtime.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from qwen_rt.runtime.cuda.session import CudaSession
 
-__all__ = ["time_decode", "time_prefill"]
+__all__ = ["StepTimes", "record_steps", "time_decode", "time_prefill"]
 
 _GREEDY = SamplingParams(temperature=0.0)
+_CLOCK_TRIES = 32
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """When a decode step was where, on one clock: µs since an event before the first step.
+
+    Attributes:
+        launch_start_us: The host began to launch it.
+        launch_end_us: The launch returned.
+        wait_start_us: The host began to wait for it.
+        read_start_us: The wait was over, reading its tokens began.
+        read_end_us: Its tokens were there.
+        device_start_us: The device had reached it: the event before its graph.
+        device_end_us: The device was done with it: the event behind its graph.
+    """
+
+    launch_start_us: float
+    launch_end_us: float
+    wait_start_us: float
+    read_start_us: float
+    read_end_us: float
+    device_start_us: float
+    device_end_us: float
 
 
 def _rows(session: CudaSession, count: int, prompt: int, length: int, num_outputs: int) -> list[RowState]:
@@ -112,3 +139,83 @@ def time_prefill(session: CudaSession, model: DeviceModel, tokens: int, repeats:
         cuda.stream_synchronize(stream)
         resources.close()
     return times
+
+
+def record_steps(
+    session: CudaSession, rows: int, prompt: int, steps: int, warm_up: int = 4
+) -> tuple[list[StepTimes], float]:
+    """Record decode steps as an engine runs them: one is launched before the one before it is waited for and read.
+
+    Args:
+        session: No step may be under way; its rows are replaced. After an error it can only be closed.
+        rows: B.
+        prompt: Tokens in the cache before the first step; what happens to be there serves.
+        steps: How many are recorded.
+        warm_up: Steps before those.
+
+    Returns:
+        The times of each step, and what the host's and the device's clock may be apart by: µs to either side.
+
+    Raises:
+        CapacityError: The cache or the context has no room for that.
+        UsageError: A count below 1, a step under way, or the session is closed.
+    """
+    if steps < 1:
+        raise UsageError(f"steps={steps}", "1 or more")
+    total = warm_up + steps
+    session.set_rows(_rows(session, rows, prompt, prompt + total + 1, 1))
+    model = session._opened()
+    cuda, stream, resources = model.cuda, model.stream, Resources(model.cuda)
+    launches: list[tuple[float, float]] = []
+    waits: list[tuple[float, float, float]] = []
+    try:
+        events = [(resources.event(timing=True), resources.event(timing=True)) for _ in range(total)]
+        base, base_s, apart_s = _tie_clocks(cuda, stream, resources)
+
+        def launch(before: int, after: int) -> int:
+            cuda.event_record(before, stream)
+            start = perf_counter()
+            number = session.launch_step()
+            launches.append((start, perf_counter()))
+            cuda.event_record(after, stream)
+            return number
+
+        def wait(number: int) -> None:
+            host_s, start = session.host_seconds, perf_counter()
+            session.wait_step(number)
+            end = perf_counter()
+            waits.append((start, end - (session.host_seconds - host_s), end))
+
+        under_way = launch(*events[0])
+        for before, after in events[1:]:
+            following = launch(before, after)
+            wait(under_way)
+            under_way = following
+        wait(under_way)
+        cuda.event_synchronize(events[-1][1])
+        device = [[1e3 * cuda.elapsed_ms(base, event) for event in pair] for pair in events]
+        host = [[1e6 * (at - base_s) for at in (*pair, *rest)] for pair, rest in zip(launches, waits, strict=True)]
+        recorded = [StepTimes(*at, *on) for at, on in zip(host, device, strict=True)]
+        return recorded[warm_up:], 1e6 * apart_s
+    finally:
+        session.forget_rows()
+        cuda.stream_synchronize(stream)
+        resources.close()
+
+
+def _tie_clocks(cuda: Cudart, stream: int, resources: Resources) -> tuple[int, float, float]:
+    """Return an event, the host's time of it, and how far that may be off to either side, in seconds.
+
+    The device passes the event between the call that records it and the return of the call that waits for it; of many
+    tries the one with the least time between them counts.
+    """
+    cuda.stream_synchronize(stream)
+    tries = []
+    for _ in range(_CLOCK_TRIES):
+        event = resources.event(timing=True)
+        start = perf_counter()
+        cuda.event_record(event, stream)
+        cuda.event_synchronize(event)
+        tries.append((perf_counter() - start, start, event))
+    width_s, start, event = min(tries)
+    return event, start + width_s / 2, width_s / 2

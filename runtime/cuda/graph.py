@@ -34,7 +34,7 @@ FLOAT, UINT8, INT32, INT64, BF16 = 1, 2, 6, 7, 16  # onnx.TensorProto.DataType
 
 _ERRORS = 3  # ONNX Runtime's severity
 _PROVIDER = "CUDAExecutionProvider"
-_INSTALL = "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
+_INSTALL = "pip install --force-reinstall --no-deps onnxruntime-gpu"
 _INPUTS = (
     tensors.INPUT_IDS,
     tensors.POSITIONS,

@@ -77,7 +77,7 @@ class Settings:
     device: int = 0
     kv_memory: int | None = None
     max_rows: int = MAX_ROWS
-    chunk_tokens: int = 2048
+    chunk_tokens: int = 8192
     num_tokens: int | None = None
     capture: str = "lazy"
     quiet: bool = False

@@ -74,7 +74,7 @@ class CudaSession:
         device: int = 0,
         kv_memory: int | None = None,
         max_rows: int = MAX_ROWS,
-        chunk_tokens: int = 2048,
+        chunk_tokens: int = 8192,
         weights: WeightSource | None = None,
         num_tokens: int | None = None,
         capture: str = "lazy",

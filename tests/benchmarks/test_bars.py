@@ -180,6 +180,7 @@ def test_the_bars_of_the_project() -> None:
         "7b-4-layers-logits": (">=", 0.999),
         "load": (">=", 10),
         "memory": ("<=", 0.02),
+        "idle": ("<=", 0.01),
     }
     for bar in loaded:
         for source in bar.sources:

@@ -60,7 +60,7 @@ def put(place: list[str], *rows: dict[str, Any]) -> None:
     (Path(place[3]) / "latency.jsonl").write_text(text, encoding="utf-8")
 
 
-@pytest.mark.parametrize("what", ["kernels", "latency", "bars"])
+@pytest.mark.parametrize("what", ["kernels", "latency", "timeline", "bars"])
 def test_each_benchmark_has_help_with_examples_that_parse(what: str, cli: Cli) -> None:
     shown = cli("bench", what, "--help")
     assert (shown.code, shown.err) == (0, "")
@@ -79,7 +79,7 @@ def test_the_shapes_of_the_command_are_those_of_the_benchmarks() -> None:
 
 def test_which_benchmark_must_be_said(cli: Cli) -> None:
     cli("bench").refused(2, "WHAT", "see qwen-rt bench --help")
-    cli("bench", "kernel").refused(2, "'kernels', 'latency', 'bars'")
+    cli("bench", "kernel").refused(2, "'kernels', 'latency', 'timeline', 'bars'")
 
 
 @pytest.mark.parametrize(
@@ -94,6 +94,13 @@ def test_which_benchmark_must_be_said(cli: Cli) -> None:
         (["bars", "--issue", "three"], ("'three' is no whole number",)),
         (["latency", "no-such-model", "--dry"], ("no-such-model", "0.5b, 1.5b, 7b, 72b, or a bundle")),
         (["latency", "7b", "--picture", "a.jpg", "--dry"], ("a.jpg", ".svg or .png")),
+        (["timeline", "--rows", "1", "16"], ("unrecognized|--rows|model '16'",)),
+        (["timeline", "--steps", "65"], ("--steps", "'65' is no whole number from 1 to 64")),
+        (["timeline", "--steps", "0"], ("'0' is no whole number from 1 to 64",)),
+        (["timeline", "--prompt", "0"], ("--prompt", "'0' is no whole number")),
+        (["timeline", "no-such-model", "--dry"], ("no-such-model", "0.5b, 1.5b, 7b, 72b, or a bundle")),
+        (["timeline", "--picture", "a.png", "--dry"], ("--picture a.png", "ending in .svg")),
+        (["timeline", "--picture", "none/a.svg", "--dry"], ("--picture", "folder that exists")),
         (["latency", "some", "--layers", "2", "--dry"], ("--layers 2 with some",)),
     ],
 )
@@ -105,6 +112,7 @@ def test_bad_options(options: list[str], words: tuple[str, ...], cli: Cli, workp
 def test_a_bundle_of_another_target(cli: Cli, bundle: Path, graph: Path) -> None:
     cli("bench", "latency", bundle, "--dry").refused(2, "is of target cpu; expected target cuda", "--target cuda")
     cli("bench", "latency", graph, "--dry").refused(2, "is of target portable; expected target cuda")
+    cli("bench", "timeline", bundle, "--dry").refused(2, "is of target cpu; expected target cuda", "--target cuda")
 
 
 def test_bars_pass(place: list[str], cli: Cli) -> None:
@@ -157,8 +165,9 @@ def test_without_a_gpu(workplace: Path) -> None:
     pytest.importorskip("torch")
     kernels = child(["bench", "kernels", "--output", "rows.jsonl"], cwd=workplace, env=env)
     kernels.refused(1, "torch .* is a CPU build|torch finds no GPU")
-    latency = child(["bench", "latency", "7b", "--output", "rows.jsonl"], cwd=workplace, env=env)
-    latency.refused(1, "no NVIDIA driver|no NVIDIA GPU|CUDA runtime|plugin library")
+    for what in ("latency", "timeline"):
+        whole = child(["bench", what, "7b", "--output", "rows.jsonl"], cwd=workplace, env=env)
+        whole.refused(1, "no NVIDIA driver|no NVIDIA GPU|CUDA runtime|plugin library")
     assert names(workplace) == set()
 
 
@@ -193,5 +202,6 @@ def test_without_the_plugin_library(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_outside_a_checkout_a_file_must_be_named(cli: Cli, monkeypatch: pytest.MonkeyPatch, workplace: Path) -> None:
     monkeypatch.setattr("qwen_rt.benchmarks.harness.RESULTS_FOLDER", workplace / "benchmarks" / "results")
     cli("bench", "latency", "7b").refused(2, "no file for the rows", "--output FILE")
+    cli("bench", "timeline").refused(2, "no file for the rows", "--output FILE")
     cli("bench", "bars").refused(2, "no result rows in")
     assert names(workplace) == set()

@@ -18,7 +18,7 @@ from qwen_rt.checkpoint import Checkpoint, to_float32
 from qwen_rt.errors import BundleError, GraphError, UnsupportedModelError, UsageError
 from qwen_rt.export.build import BuildOptions, build
 from qwen_rt.export.lower import cuda_graph_bytes, graph_bytes, lowered_graph
-from qwen_rt.export.passes.lower_cuda import LAYER_OPS, check_cuda_shapes, lower_cuda
+from qwen_rt.export.passes.lower_cuda import LAST_O_PROJ, LAYER_OPS, check_cuda_shapes, lower_cuda
 from qwen_rt.export.portable import checkpoint_locations
 from qwen_rt.export.source import open_source
 from qwen_rt.export.stamp import stamp_layers
@@ -159,24 +159,25 @@ def test_attributes_and_constants_are_those_of_the_model(name: str, models: dict
 def test_nodes_follow_the_module_paths_and_are_chained(name: str, models: dict[str, Any]) -> None:
     model, spec = models[name]
     modules = ("self_attn", "self_attn", "self_attn", "mlp", "mlp")
+    last_ops = tuple(LAST_O_PROJ if op == "o_proj_residual" else op for op in LAYER_OPS)
     layers = [
         f"/model/layers.{layer}/{module}/{op}"
         for layer in range(spec.num_layers)
-        for module, op in zip(modules, LAYER_OPS, strict=True)
+        for module, op in zip(modules, last_ops if layer == spec.num_layers - 1 else LAYER_OPS, strict=True)
     ]
     nodes = list(model.graph.node)
     assert [node.name for node in nodes] == ["/model/embed_tokens/embed", *layers, "/lm_head/lm_head"]
     stream = nodes[0].output[0]
     for index in range(1, len(nodes) - 1, 5):
         qkv, attention, o_proj, gate_up, down = nodes[index : index + 5]
-        assert (qkv.input[0], o_proj.input[2]) == (stream, stream)
+        assert (qkv.input[0], o_proj.input[3 if o_proj.op_type == LAST_O_PROJ else 2]) == (stream, stream)
         assert (attention.input[0], o_proj.input[0]) == (qkv.output[0], attention.output[0])
         assert (gate_up.input[0], down.input[2]) == (o_proj.output[0], o_proj.output[0])
         assert down.input[0] == gate_up.output[0]
         stream = down.output[0]
     assert nodes[-1].input[0] == stream
     head = "model.embed_tokens.weight" if spec.tie_word_embeddings else "lm_head.weight"
-    assert nodes[-1].input[3] == head
+    assert nodes[-1].input[2] == head
 
 
 @pytest.mark.parametrize("name", ["nano", "yarn"])
@@ -293,7 +294,8 @@ def test_inspect_tells_of_it(linked: Path) -> None:
     assert found.facts["target"] == "cuda (NVIDIA GPU of compute capability 8.0 or newer), tensor parallel 1"
     assert found.facts["computes in"] == "bfloat16"
     assert found.facts["KV cache"] == "bfloat16, 4.1 kB a token, 4.1 MB for 1000 tokens, in blocks of 64"
-    assert found.operators == dict.fromkeys(LAYER_OPS, 4) | {"embed": 1, "lm_head": 1}
+    counts = dict.fromkeys(LAYER_OPS, 4) | {"o_proj_residual": 3, LAST_O_PROJ: 1, "embed": 1, "lm_head": 1}
+    assert found.operators == counts
     assert [row.num_nodes for row in found.layers] == [2, 5, 5, 5, 5]
     assert [row.dtypes for row in found.layers] == [{"BF16"}] * 5
     assert "in blocks of" not in inspect(shared_bundle()).facts["KV cache"]

@@ -206,3 +206,10 @@ def test_refuses_what_it_cannot_do(call: OpCaller) -> None:
     case = Case([40], [0], *HEADS["nano"], 24)
     with pytest.raises(QwenRtError, match="block_size=24; expected a multiple of 16"):
         case.run(call)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+def test_decode_step_of_many_pieces(call: OpCaller, kv_heads: int) -> None:
+    case = Case([1, 1], [30000, 700], 8, kv_heads, 128)
+    assert relative_error(case.run(call), case.reference()) < RELATIVE
+    assert call.counters_are_zero()

@@ -80,8 +80,7 @@ def test_lm_head(call: OpCaller, model: str, rows: int) -> None:
         random_bf16(s.vocab, s.hidden, std=0.02),
     )
     out = torch.full((rows, s.vocab), float("nan"), device="cuda")
-    tensors = {"hidden": hidden, "indices": torch.full((rows,), -1, device="cuda"), "norm_weight": norm}
-    call("lm_head", {**tensors, "weight": weight, "logits": out}, epsilon=EPSILON)  # one row each: indices are not read
+    call("lm_head", {"hidden": hidden, "norm_weight": norm, "weight": weight, "logits": out}, epsilon=EPSILON)
     check("lm_head", out, references.lm_head(hidden, norm, weight, EPSILON))
 
 
@@ -260,9 +259,8 @@ def test_norm_matrices_do_not_depend_on_batch_mates(call: OpCaller, model: str) 
     def both(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         qkv = nan_bf16(rows.shape[0], (s.heads + 2 * s.kv_heads) * s.head_dim)
         logits = torch.full((rows.shape[0], s.vocab), float("nan"), device="cuda")
-        indices = torch.arange(rows.shape[0], device="cuda")
         call("rmsnorm_qkv", {"hidden": rows, "norm_weight": norm, **weights, "qkv": qkv}, epsilon=EPSILON)
-        tensors = {"hidden": rows, "indices": indices, "norm_weight": norm, "weight": head, "logits": logits}
+        tensors = {"hidden": rows, "norm_weight": norm, "weight": head, "logits": logits}
         call("lm_head", tensors, epsilon=EPSILON)
         return qkv, logits
 

@@ -126,31 +126,30 @@ def test_norm_of_every_width(call: OpCaller, hidden: int, rows: int) -> None:
     check("rmsnorm_qkv", out, references.rmsnorm_qkv(x, norm, weights, (None, None, None), EPSILON))
 
 
-@pytest.mark.parametrize(("rows", "sequences"), [(2, 1), (10, 2), (65, 3), (999, 16), (2048, 64), (999, 64)])
+@pytest.mark.parametrize(("rows", "sequences"), [(2, 1), (10, 2), (65, 3), (999, 16), (2048, 64), (64, 64)])
 @pytest.mark.parametrize("model", ["0.5b", "1.5b", "7b", "nano"])
-def test_lm_head_takes_the_chosen_rows(call: OpCaller, model: str, rows: int, sequences: int) -> None:
+def test_the_last_projection_takes_the_chosen_rows(call: OpCaller, model: str, rows: int, sequences: int) -> None:
     s = MODELS[model]
-    hidden, norm, weight = (
-        residual_rows(rows, s.hidden),
-        norm_weight(s.hidden),
-        random_bf16(s.vocab, s.hidden, std=0.02),
-    )
+    width = s.heads * s.head_dim
+    x, weight, residual = random_bf16(rows, width), random_bf16(s.hidden, width, std=0.02), random_bf16(rows, s.hidden)
     indices = torch.randperm(rows, device="cuda")[:sequences]
+    if rows == sequences:
+        indices = torch.arange(rows, device="cuda")
 
-    def logits(hidden: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        out = torch.full((sequences, s.vocab), float("nan"), device="cuda")
-        tensors = {"hidden": hidden, "indices": indices, "norm_weight": norm, "weight": weight, "logits": out}
-        call("lm_head", tensors, epsilon=EPSILON)
+    def project(x: torch.Tensor, residual: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        out = nan_bf16(sequences, s.hidden)
+        tensors = {"attention": x, "indices": indices, "weight": weight, "residual": residual, "out": out}
+        call("select_o_proj_residual", tensors)
         return out
 
-    chosen = hidden[indices]
-    out = same_bits_every_time(lambda: logits(hidden, indices))
-    check("lm_head", out, references.lm_head(chosen, norm, weight, EPSILON))
-    assert torch.equal(out, logits(chosen, indices)), "one row each differs"
-    for wrong in (-1, rows, 2**40):
+    out = same_bits_every_time(lambda: project(x, residual, indices))
+    check("o_proj_residual", out, references.o_proj_residual(x[indices], weight, residual[indices]))
+    alone = project(x[indices], residual[indices], torch.full_like(indices, -1))  # one row each: indices are not read
+    assert torch.equal(out, alone), "one row each differs"
+    for wrong in (-1, rows, 2**40) if rows > sequences else ():
         bad = indices.clone()
         bad[-1] = wrong
-        after = logits(hidden, bad)
+        after = project(x, residual, bad)
         assert after[-1].isnan().all(), "an index beyond the rows must not pass unnoticed"
         assert torch.equal(after[:-1], out[:-1])
     assert call.counters_are_zero()
@@ -179,7 +178,7 @@ class Layer:
         self.indices = torch.tensor([rows // 2, rows - 1], device="cuda")
         self.hidden, self.qkv = nan_bf16(rows, s.hidden), nan_bf16(rows, q_width + 2 * kv_width)
         self.attention, self.activation = random_bf16(rows, q_width), nan_bf16(rows, s.ffn)
-        self.logits = torch.zeros(2, s.vocab, device="cuda")
+        self.chosen, self.logits = nan_bf16(2, s.hidden), torch.zeros(2, s.vocab, device="cuda")
 
     def run(self) -> None:
         call, hidden, norm = self.call, self.hidden, {"hidden": self.hidden, "norm_weight": self.norm}
@@ -192,8 +191,10 @@ class Layer:
             call("rmsnorm_gate_up_silu", {**norm, **mlp}, epsilon=EPSILON)
             down = {"activation": self.activation, "weight": self.down, "residual": hidden, "out": hidden}
             call("down_residual", down)
-        head = {"indices": self.indices, "weight": self.head, "logits": self.logits}
-        call("lm_head", {**norm, **head}, epsilon=EPSILON)
+        chosen = {"attention": self.attention, "indices": self.indices, "weight": self.o, "residual": hidden}
+        call("select_o_proj_residual", {**chosen, "out": self.chosen})
+        head = {"hidden": self.chosen, "norm_weight": self.norm, "weight": self.head, "logits": self.logits}
+        call("lm_head", head, epsilon=EPSILON)
 
     def results(self) -> list[torch.Tensor]:
         torch.cuda.synchronize()
@@ -231,21 +232,23 @@ def test_up_to_64_rows_want_no_workspace_and_more_say_how_much(call: OpCaller) -
     for op, rest in dims.items():
         assert library.workspace_bytes(op, (64, *rest)) == 0
         assert library.workspace_bytes(op, (65, *rest)) > COUNTER_BYTES
-    assert library.workspace_bytes("lm_head", (64, 64, s.hidden, s.vocab)) == 0
-    assert library.workspace_bytes("lm_head", (65, 64, s.hidden, s.vocab)) == COUNTER_BYTES + 64 * s.hidden * 2
+    select = "select_o_proj_residual"
+    assert library.workspace_bytes(select, (64, 64, 512, s.hidden)) == 0
+    assert library.workspace_bytes(select, (65, 64, 512, s.hidden)) == COUNTER_BYTES + 64 * (512 + s.hidden) * 2
 
 
 def test_what_is_unsupported_is_refused(call: OpCaller) -> None:
     s = NANO
-    norm, head = norm_weight(s.hidden), random_bf16(s.vocab, s.hidden)
+    weight = random_bf16(s.hidden, 512)
     for rows, sequences, error, match in (
         (70, 65, UnsupportedModelError, "sequences=65; expected 1 to 64"),
         (2, 3, QwenRtError, "rows=2 of sequences=3; expected at least as many"),
     ):
-        tensors = {"hidden": random_bf16(rows, s.hidden), "indices": torch.zeros(sequences, dtype=torch.int64).cuda()}
-        logits = torch.zeros(sequences, s.vocab, device="cuda")
+        indices = torch.zeros(sequences, dtype=torch.int64, device="cuda")
+        tensors = {"attention": random_bf16(rows, 512), "indices": indices, "weight": weight}
+        tensors |= {"residual": random_bf16(rows, s.hidden), "out": nan_bf16(sequences, s.hidden)}
         with pytest.raises(error, match=match):
-            call("lm_head", {**tensors, "norm_weight": norm, "weight": head, "logits": logits}, epsilon=EPSILON)
+            call("select_o_proj_residual", tensors)
     x, w, r = random_bf16(65, 96), random_bf16(s.hidden, 96), random_bf16(65, s.hidden)
     with pytest.raises(UnsupportedModelError, match="k=96; expected a multiple of 64"):
         call("down_residual", {"activation": x, "weight": w, "residual": r, "out": r})

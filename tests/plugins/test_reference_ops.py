@@ -236,10 +236,10 @@ def test_unknown_ids_give_nan() -> None:
     np.testing.assert_array_equal(found[2], np.array(inputs["table"][39], float))
 
 
-def test_the_head_takes_the_rows_that_indices_name() -> None:
-    inputs = inputs_of("lm_head")
-    every = run("lm_head", inputs | {"indices": np.full(5, 1 << 40)})[0]  # as many as rows: not read
-    np.testing.assert_allclose(run("lm_head", inputs)[0], every[[1, 4]], rtol=1e-12)
-    astray = run("lm_head", inputs | {"indices": np.array([-1, 4, 5])})[0]
+def test_the_last_projection_takes_the_rows_that_indices_name() -> None:
+    inputs = inputs_of("select_o_proj_residual")
+    every = run("select_o_proj_residual", inputs | {"indices": np.full(5, 1 << 40)})[0]  # as many as rows: not read
+    np.testing.assert_allclose(run("select_o_proj_residual", inputs)[0], every[[1, 4]], rtol=1e-12)
+    astray = run("select_o_proj_residual", inputs | {"indices": np.array([-1, 4, 5])})[0]
     assert np.isnan(astray[[0, 2]]).all()
     np.testing.assert_allclose(astray[1], every[4], rtol=1e-12)

@@ -2,11 +2,12 @@
 // Op, tensors, numerics: rope_kv_append_attention.cu.
 //
 // Mapping: grid (pieces, kv_heads, rows), 8 warps. One block serves all heads of one kv head (heads / kv_heads <= 16, the
-//   rows of the matrix tile) over one piece of the tokens, or over every n-th where there are more than fit on the GPU; each warp takes every eighth tile of 16 tokens through its own
-//   ring of tiles in shared memory (16-byte async copies, chunks swizzled by row) with a running maximum and sum.
-//   The warps combine in shared memory; of several pieces, the block that ends last combines all in order.
+//   rows of the matrix tile) over one piece of the tokens, or over every n-th where there are more than fit on the GPU; each
+//   warp takes every eighth tile of 16 tokens through its own ring of tiles in shared memory (16-byte async copies, chunks
+//   swizzled by row) with a running maximum and sum. The warps combine in shared memory; of several pieces, the block that
+//   ends last combines all in order (attention_combine.cuh).
 // Stages: 3 tiles per warp where blocks have an SM each (192 KB of ring for D = 128: enough bytes in flight for all of the
-//   memory's bandwidth); 1 where there are more blocks than SMs, so that three blocks share one.
+//   memory's bandwidth); fewer where there are more blocks than SMs, so that two blocks share one.
 // A row's result depends on its own length only: pieces are cut and combined by a rule of (p, kv_heads, the GPU's SM count),
 //   tiles go to warps by their number, so batch mates, stages and max_length do not change a bit.
 // Overlap: earlier tokens are loaded before the wait: the step before wrote them (see embed.cu). The next kernel is let in
@@ -14,29 +15,15 @@
 // Workspace: counters, then f32 sums of every piece.
 // Source: split-KV after Flash-Decoding.
 #include "attention.cuh"
+#include "attention_combine.cuh"
 
 namespace qwen_rt {
 
 // ---------------------------------------------------------------- helpers
 
-constexpr int kAttentionWarps = 8;
 constexpr int kTile = 16;        // tokens of a warp's tile
 constexpr int kMinPiece = 256;   // tokens: below, combining pieces costs more than they win
-constexpr int kPieceStep = 64;  // tokens
-constexpr int kMaxPieces = 128;  // of a row; a kv head's maxima and sums are four registers of a warp
-
-struct AttentionParams {
-    const bf16* qkv;
-    const int64_t* positions;
-    const float* inv_freq;
-    const int32_t* block_tables;
-    bf16 *k_cache, *v_cache, *out;
-    float* partial;       // [rows, kv_heads, max_pieces, group, D]
-    float2* partial_max;  // [rows, kv_heads, max_pieces, group]: maximum and sum
-    uint32_t* counters;   // [rows, kv_heads]
-    int heads, kv_heads, group, block_size, max_blocks, max_pieces;
-    float scale, rope_scaling;
-};
+constexpr int kPieceStep = 64;   // tokens
 
 __host__ __device__ inline int piece_of(int64_t length, int max_pieces) {
     const int64_t even = (length + max_pieces - 1) / max_pieces;
@@ -66,11 +53,11 @@ __device__ __forceinline__ uint32_t add_in_order(uint32_t* counter, uint32_t val
 // ---------------------------------------------------------------- kernel
 
 template <int kD, int kStages>
-__global__ void __launch_bounds__(kAttentionWarps * 32, kStages < 3 ? 2 : 1) attention_decode_kernel(const __grid_constant__ AttentionParams p) {
+__global__ void __launch_bounds__(kAttentionWarps * 32, kStages < 3 ? 2 : 1)
+    attention_decode_kernel(const __grid_constant__ AttentionParams p) {
     using Shared = AttentionShared<kD, kStages>;
     constexpr int kThreads = kAttentionWarps * 32;
     constexpr int kChunks = kD / 8;
-    constexpr int kCombineBatch = kStages == 3 ? 33 : 11;  // pieces whose sums a thread has under way at once
     extern __shared__ __align__(128) unsigned char shared[];
     __shared__ bool is_last;
 
@@ -317,55 +304,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, kStages < 3 ? 2 : 1) att
     }
     __syncthreads();
     if (!is_last) return;
-    // Factors of the pieces by warps, one head each, while the first sums are under way.
-    const int64_t slot0 = (static_cast<int64_t>(row) * p.kv_heads + kv_head) * p.max_pieces;
-    const int num_padded = (num_pieces + kCombineBatch - 1) / kCombineBatch * kCombineBatch;
-    float* factors = reinterpret_cast<float*>(shared);  // [group][num_padded], 0 behind the pieces
-    const int num_items = p.group * kD / 4;
-    for (int i = threadIdx.x; i < (num_items + kThreads - 1) / kThreads * kThreads; i += kThreads) {
-        const int item = min(i, num_items - 1), head = item / (kD / 4), d = item % (kD / 4) * 4;
-        const float* from = p.partial + (slot0 * p.group + head) * kD + d;
-        float4 sum = {0.f, 0.f, 0.f, 0.f};
-        for (int first = 0; first < num_padded; first += kCombineBatch) {
-            float4 v[kCombineBatch];
-#pragma unroll
-            for (int s = 0; s < kCombineBatch; ++s)
-                v[s] = __ldcg(reinterpret_cast<const float4*>(
-                    from + static_cast<int64_t>(min(first + s, num_pieces - 1)) * p.group * kD));
-            if (first == 0 && i == static_cast<int>(threadIdx.x)) {
-                for (int h = warp; h < p.group; h += kAttentionWarps) {
-                    float2 mine[kMaxPieces / 32];
-                    float highest = -INFINITY, weight_sum = 0.f;
-#pragma unroll
-                    for (int k = 0; k < kMaxPieces / 32; ++k) {
-                        const int s = k * 32 + lane;
-                        mine[k] = s < num_pieces ? __ldcg(p.partial_max + (slot0 + s) * p.group + h) : make_float2(-INFINITY, 0.f);
-                        highest = fmaxf(highest, mine[k].x);
-                    }
-#pragma unroll
-                    for (int step = 16; step > 0; step /= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, step));
-#pragma unroll
-                    for (int k = 0; k < kMaxPieces / 32; ++k) {
-                        mine[k].x = exp2f(mine[k].x - highest);
-                        weight_sum = fmaf(mine[k].y, mine[k].x, weight_sum);
-                    }
-#pragma unroll
-                    for (int step = 16; step > 0; step /= 2) weight_sum += __shfl_xor_sync(~0u, weight_sum, step);
-#pragma unroll
-                    for (int k = 0; k < kMaxPieces / 32; ++k)
-                        if (k * 32 + lane < num_padded) factors[h * num_padded + k * 32 + lane] = mine[k].x / weight_sum;
-                }
-                __syncthreads();
-            }
-#pragma unroll
-            for (int s = 0; s < kCombineBatch; ++s) {
-                const float factor = factors[head * num_padded + first + s];
-                sum.x = fmaf(v[s].x, factor, sum.x), sum.y = fmaf(v[s].y, factor, sum.y);
-                sum.z = fmaf(v[s].z, factor, sum.z), sum.w = fmaf(v[s].w, factor, sum.w);
-            }
-        }
-        if (i < num_items) *reinterpret_cast<uint2*>(out + head * kD + d) = {pack(sum.x, sum.y), pack(sum.z, sum.w)};
-    }
+    combine_pieces<kD, kStages == 3 ? 33 : 11>(p, row, kv_head, num_pieces, shared, out);
 }
 
 // ---------------------------------------------------------------- launcher
