@@ -37,6 +37,7 @@ from qwen_rt.benchmarks.latency import (
     decode_metrics,
     prefill_metrics,
     session_metrics,
+    time_first_tokens,
     time_steps,
 )
 from qwen_rt.benchmarks.latency_report import draw_latency, latency_text, load_pyplot
@@ -219,8 +220,8 @@ def measure(model: Model, plan: Plan, gpu: Gpu, write: Write, *, quiet: bool = F
                 write(metrics, settings | {"what": "decode", "rows": rows, "prompt": prompt}, check)
                 done.update()
             for prompt in plan.first_token_prompts:
-                samples = session.time_prefill(prompt, plan.repeats)
-                metrics = prefill_metrics(model.shape, prompt, samples, gpu.matrix_rate)
+                requests, back_to_back = time_first_tokens(session, prompt, plan.repeats)
+                metrics = prefill_metrics(model.shape, prompt, requests, back_to_back, gpu.matrix_rate)
                 write(metrics, settings | {"what": "prefill", "prompt": prompt}, check)
                 done.update()
         driver_bytes = free_before - gpu.cuda.memory_info()[0]

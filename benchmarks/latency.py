@@ -29,6 +29,7 @@ __all__ = [
     "decode_metrics",
     "prefill_metrics",
     "session_metrics",
+    "time_first_tokens",
     "time_steps",
 ]
 
@@ -36,6 +37,9 @@ _NO_NUMBER = "no figure without a correct model: run the tests marked gpu"
 
 BASE_PROMPT = 128
 """Prompt at which rows are compared."""
+
+REQUEST_TOKENS = 128
+"""Tokens between two timed prefills, as in the requests that the peers were measured with."""
 
 CHECK_STEPS = 16
 TIE = 0.5
@@ -75,7 +79,7 @@ class Plan:
     def max_length(self) -> int:
         """Positions that a row needs at most: whole blocks, with room for steps that warm up."""
         longest = max(*(prompt for _, prompt in self.points), *self.first_token_prompts, 2 * BASE_PROMPT)
-        return -(-(longest + 2 * self.steps + BLOCK_SIZE) // BLOCK_SIZE) * BLOCK_SIZE
+        return -(-(longest + max(2 * self.steps, REQUEST_TOKENS) + BLOCK_SIZE) // BLOCK_SIZE) * BLOCK_SIZE
 
     @property
     def max_rows(self) -> int:
@@ -251,12 +255,33 @@ def decode_metrics(
     }
 
 
+def time_first_tokens(session: TimedSession, prompt: int, repeats: int) -> tuple[list[float], list[float]]:
+    """Time prefills as requests come, and back to back.
+
+    A request is a prefill and `REQUEST_TOKENS` decode steps, as the peers were measured. Prefills without a pause heat
+    the GPU until it lowers its clock, so each takes longer than the first.
+
+    Returns:
+        Milliseconds to the first token of every request, and of as many prefills one right after the other.
+    """
+    samples: list[float] = []
+    for _ in range(repeats):
+        session.time_decode(1, prompt, REQUEST_TOKENS)
+        samples += session.time_prefill(prompt, 1)
+    return samples, session.time_prefill(prompt, repeats)
+
+
 def prefill_metrics(
-    shape: ModelShape, tokens: int, samples_ms: Sequence[float], matrix_rate: float | None
+    shape: ModelShape,
+    tokens: int,
+    samples_ms: Sequence[float],
+    back_to_back_ms: Sequence[float],
+    matrix_rate: float | None,
 ) -> dict[str, Any]:
     """Return the metrics of a prefill; `matrix_rate` is in operations a second."""
     rate = shape.prefill_flops(tokens) / (harness.percentile(samples_ms, 0.5) * 1e-3)
     metrics: dict[str, Any] = {"first_token_ms": harness.summarize(samples_ms, 5), "prefill_tflop_s": rate / 1e12}
+    metrics["first_token_back_to_back_ms"] = harness.summarize(back_to_back_ms, 5)
     if matrix_rate is not None:
         metrics |= {"matrix_tflop_s": matrix_rate / 1e12, "share_of_matrix_ratio": rate / matrix_rate}
     return metrics

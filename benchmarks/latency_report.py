@@ -31,6 +31,7 @@ _SECTIONS: dict[str, tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], .
         (("model", "model"), ("source", "from"), ("prompt", "prompt")),
         (
             ("first_token_ms", "first token, ms"),
+            ("first_token_back_to_back_ms", "back to back, ms"),
             ("prefill_tflop_s", "TFLOP/s"),
             ("matrix_tflop_s", "8192³, TFLOP/s"),
             ("share_of_matrix_ratio", "share"),

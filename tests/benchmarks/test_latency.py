@@ -85,10 +85,11 @@ def test_the_arithmetic_of_a_decode_point() -> None:
 
 
 def test_the_arithmetic_of_a_prefill() -> None:
-    metrics = prefill_metrics(SHAPES["7b"], 6144, [139.5], 790e12)
+    metrics = prefill_metrics(SHAPES["7b"], 6144, [139.5], [143.0, 145.0], 790e12)
     assert metrics["prefill_tflop_s"] == pytest.approx(610.0, rel=1e-3)
     assert metrics["share_of_matrix_ratio"] == pytest.approx(0.7722, rel=1e-3)
-    assert "matrix_tflop_s" not in prefill_metrics(SHAPES["7b"], 6144, [139.5], None)
+    assert (metrics["first_token_ms"]["median"], metrics["first_token_back_to_back_ms"]["median"]) == (139.5, 144.0)
+    assert "matrix_tflop_s" not in prefill_metrics(SHAPES["7b"], 6144, [139.5], [143.0], None)
 
 
 def test_memory_is_held_against_the_driver() -> None:
