@@ -32,6 +32,7 @@ TOLERANCES = {
     "rmsnorm_qkv": (2**-7, 2**-6),
     "rope_kv_append_attention": (2**-7, 2**-6),
     "o_proj_residual": (2**-7, 2**-8),
+    "select_o_proj_residual": (2**-7, 2**-8),
     "rmsnorm_gate_up_silu": (2**-5, 2**-5),
     "down_residual": (2**-7, 2**-8),
     "lm_head": (0.0, 2**-6),
