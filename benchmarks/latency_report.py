@@ -159,7 +159,12 @@ def draw_latency(rows: Sequence[Row], file: Path) -> None:
         axes.axhline(1.0, color="#5a6468", linewidth=0.8, linestyle=":")
         axes.set_ylim(bottom=0.9)
         axes.spines[["top", "right"]].set_visible(False)
+    counts = sorted({row["settings"]["rows"] for row in decode})
     by_rows.set_xscale("log", base=2)
+    by_rows.set_xticks(counts, [str(count) for count in counts])
+    names = {str((row["device"].get("gpu") or {}).get("name", "GPU")) for row in decode}
+    title = f"Decode, bf16, random weights unless a bundle is named; one {', '.join(sorted(names))}"
+    figure.suptitle(title, fontsize=10)
     by_rows.legend(frameon=False)
     # Without a date in it, the same rows give the same file.
     figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
