@@ -33,20 +33,11 @@ from qwen_rt.benchmarks.kernel_step import DecodeStep, OpCaller, capture
 from qwen_rt.benchmarks.latency_report import gpu_line
 from qwen_rt.benchmarks.measure import matrix_rate
 from qwen_rt.errors import MissingDependencyError, QwenRtError, VerificationError
+from qwen_rt.ops import OPS
 from qwen_rt.plugins.library import NO_DEPENDENT_LAUNCH, PluginLibrary, load
 from qwen_rt.progress import Progress
 
-STEP_OPS = (
-    "embed",
-    "rmsnorm_qkv",
-    "rope_kv_append_attention",
-    "o_proj_residual",
-    "select_o_proj_residual",
-    "rmsnorm_gate_up_silu",
-    "down_residual",
-    "lm_head",
-    "sample",
-)
+STEP_OPS = tuple(op.name for op in OPS)
 COLD_BYTES = 400_000_000
 """Weights that an op's replay goes through before it meets the same again: several times any L2."""
 

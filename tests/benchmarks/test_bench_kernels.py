@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from qwen_rt.benchmarks import bench_kernels  # noqa: E402
-from qwen_rt.benchmarks.kernel_shapes import ModelShape  # noqa: E402
-from qwen_rt.errors import MissingDependencyError  # noqa: E402
-from qwen_rt.ops import OPS, find_op, shape_of  # noqa: E402
+from qwen_rt.benchmarks import bench_kernels
+from qwen_rt.benchmarks.kernel_shapes import ModelShape
+from qwen_rt.errors import MissingDependencyError
+from qwen_rt.ops import OPS, find_op, shape_of
 
 SHAPE = ModelShape(hidden=256, layers=2, heads=4, kv_heads=2, head_dim=64, ffn=512, vocab=1000)
 

@@ -162,7 +162,6 @@ def test_the_bars_of_the_project_are_told(cli: Cli) -> None:
 def test_without_a_gpu(workplace: Path) -> None:
     """One line that says what is missing, before anything is loaded; no row."""
     env = environment(CUDA_VISIBLE_DEVICES="")
-    pytest.importorskip("torch")
     kernels = child(["bench", "kernels", "--output", "rows.jsonl"], cwd=workplace, env=env)
     kernels.refused(1, "torch .* is a CPU build|torch finds no GPU")
     for what in ("latency", "timeline"):
