@@ -65,7 +65,7 @@ def test_broken_references_are_named(key: str, value: str | None) -> None:
     "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="onnxruntime has CUDA here"
 )
 def test_onnxruntime_without_cuda_names_the_command(gpu: FakeGpu) -> None:
-    with pytest.raises(MissingDependencyError, match="pip install onnxruntime-gpu"):
+    with pytest.raises(MissingDependencyError, match="pip install --force-reinstall --no-deps onnxruntime-gpu"):
         OrtRunner(b"", gpu.path, 0, 1)
 
 
