@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qwen_rt.benchmarks import bench_latency, harness
-from qwen_rt.benchmarks.kernel_shapes import ModelShape
 from qwen_rt.benchmarks.latency import Plan
 from qwen_rt.benchmarks.latency_report import latency_text
-from qwen_rt.runtime.cuda.session import CudaSession
 
-from ..runtime.cuda.fake import FakeGpu, compile_fake, make_graph, small_spec, write_shards
+from ..runtime.cuda.fake import FakeGpu, compile_fake
+from .fake_model import model_on
 
 PLAN = Plan(rows=(1, 2, 5), prompts=(1, 100), first_token_prompts=(150,), steps=8, repeats=2)
 
@@ -27,27 +24,6 @@ def gpu(tmp_path: Path) -> FakeGpu:
 
 
 def test_every_point_is_measured_on_a_session(gpu: FakeGpu, tmp_path: Path) -> None:
-    spec = small_spec()
-    weights = tmp_path / "weights"
-    weights.mkdir()
-    write_shards(spec, weights)
-    graph = make_graph(spec, weights)
-    platform = gpu.platform()
-
-    @contextlib.contextmanager
-    def start(opened: bench_latency.Gpu, plan: Plan) -> Iterator[tuple[Any, float]]:
-        with CudaSession.from_graph(
-            graph,
-            spec,
-            plan.max_length,
-            base_dir=weights,
-            max_rows=plan.max_rows,
-            kv_memory=plan.kv_bytes(spec),
-            quiet=True,
-            platform=platform,
-        ) as session:
-            yield session, 1.0
-
     rows: list[dict[str, Any]] = []
 
     def write(metrics: dict[str, Any], settings: dict[str, Any], check: dict[str, Any]) -> None:
@@ -55,8 +31,8 @@ def test_every_point_is_measured_on_a_session(gpu: FakeGpu, tmp_path: Path) -> N
         rows.append(harness.make_row("latency", "qwen-rt", metrics, settings, check=check, run="run-1", gpu=device))
 
     before = gpu.live()
-    opened = bench_latency.Gpu(platform.cuda, tmp_path, {}, "A GPU", 1e12, 7e14)
-    model = bench_latency.Model("tiny", ModelShape.from_spec(spec), "bundle", start)
+    opened = bench_latency.Gpu(gpu.cuda, tmp_path, {}, "A GPU", 1e12, 7e14)
+    model = model_on(gpu, tmp_path / "weights", "bundle")
     bench_latency.measure(model, PLAN, opened, write, quiet=True)
     assert gpu.live() == before
 

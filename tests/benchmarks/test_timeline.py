@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import time
 from collections.abc import Iterator
@@ -14,16 +13,14 @@ from xml.etree import ElementTree
 import pytest
 
 from qwen_rt.benchmarks import bars, bench_latency, harness, timeline
-from qwen_rt.benchmarks.bench_latency import Plan
-from qwen_rt.benchmarks.kernel_shapes import ModelShape
 from qwen_rt.benchmarks.timeline import Timeline, timeline_metrics, timeline_text
 from qwen_rt.benchmarks.timeline_picture import _tick_us, draw_timeline
 from qwen_rt.errors import UsageError, VerificationError
 from qwen_rt.runtime.cuda.bench import StepTimes, record_steps
-from qwen_rt.runtime.cuda.session import CudaSession
 
-from ..runtime.cuda.fake import FakeGpu, compile_fake, make_graph, small_spec, write_shards
+from ..runtime.cuda.fake import FakeGpu, compile_fake
 from ..runtime.cuda.kit import open_session
+from .fake_model import model_on
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -246,27 +243,7 @@ def test_steps_are_recorded_one_ahead(gpu: FakeGpu, tmp_path: Path) -> None:
 
 @pytest.fixture
 def opened(gpu: FakeGpu, tmp_path: Path) -> tuple[bench_latency.Model, bench_latency.Gpu]:
-    spec = small_spec()
-    weights = tmp_path / "weights"
-    weights.mkdir()
-    write_shards(spec, weights)
-    graph = make_graph(spec, weights)
-
-    @contextlib.contextmanager
-    def start(_: bench_latency.Gpu, plan: Plan) -> Iterator[tuple[Any, float]]:
-        with CudaSession.from_graph(
-            graph,
-            spec,
-            plan.max_length,
-            base_dir=weights,
-            max_rows=plan.max_rows,
-            kv_memory=plan.kv_bytes(spec),
-            quiet=True,
-            platform=gpu.platform(),
-        ) as session:
-            yield session, 1.0
-
-    model = bench_latency.Model("tiny", ModelShape.from_spec(spec), "random", start)
+    model = model_on(gpu, tmp_path / "weights", "random")
     return model, bench_latency.Gpu(gpu.cuda, tmp_path, {}, "A GPU", 1e12, None)
 
 
