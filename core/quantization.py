@@ -158,9 +158,7 @@ class QuantizedTensor:
         """Some of the rows, as views."""
         zero = None if self.zero_point is None else self.zero_point[start:stop]
         values, scale = self.values[start:stop], self.scale[start:stop]
-        return QuantizedTensor(
-            self.name, self.scheme, (values.shape[0], self.shape[1]), values, scale, zero, self.perm
-        )
+        return QuantizedTensor(self.name, self.scheme, (values.shape[0], self.shape[1]), values, scale, zero, self.perm)
 
 
 def part_name(name: str, part: str) -> str:

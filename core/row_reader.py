@@ -1,0 +1,159 @@
+"""Rows of stored matrices as float32, read when asked for: neither a file nor a matrix is ever held whole.
+
+    reader = StoredRows(checkpoint.tensors)
+    reader.rows("model.layers.0.mlp.up_proj.weight", 0, 128)          # float32 [128, K]
+
+Files are read with `pread`, not mapped: mapped pages would count as this process's memory until the kernel takes
+them back, and a 145 GB checkpoint is read from end to end.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen_rt.checkpoint import to_float32
+from qwen_rt.errors import CheckpointError
+from qwen_rt.quantization import QuantizedTensor, Scheme, dequantize, part_name
+from qwen_rt.safetensors_header import BYTES_OF_DTYPE, TensorRef, read_errors
+from qwen_rt.strict_json import show
+
+__all__ = ["RowSource", "StoredRows", "read_bytes"]
+
+_STORED_AS = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "F8_E4M3": np.dtype("u1"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "I32": np.dtype("<i4"),
+}
+"""safetensors dtype → what a numpy array of its bytes holds; numpy has neither bfloat16 nor float8."""
+
+
+class RowSource(Protocol):
+    """Where the parameters of a model come from, as float32, whatever they are stored as."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter, [N, K] or [n]."""
+        ...
+
+    def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows `start … stop - 1` of a matrix, or elements of a vector: a new float32 array. Threads may share it."""
+        ...
+
+
+class StoredRows:
+    """Parameters in safetensors files; quantized ones are dequantized.
+
+    Args:
+        tensors: Every stored tensor by its name, the parts of quantized matrices among them.
+        schemes: Scheme of each quantized matrix, by its name.
+    """
+
+    def __init__(self, tensors: Mapping[str, TensorRef], schemes: Mapping[str, Scheme] | None = None) -> None:
+        self._tensors, self._schemes = dict(tensors), dict(schemes or {})
+        self._files: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files; another read opens them again."""
+        with self._lock:
+            while self._files:
+                os.close(self._files.popitem()[1])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `RowSource`."""
+        ref = self._ref(name)
+        if name not in self._schemes or self._schemes[name].format != "int4":
+            return ref.shape
+        return ref.shape[0], ref.shape[1] * 2
+
+    def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        """See `RowSource`.
+
+        Raises:
+            CheckpointError: No such tensor, one of another dtype than floats, or a file that has been cut short.
+            StorageError: A file cannot be read.
+        """
+        if name in self._schemes:
+            return dequantize(self.quantized_rows(name, start, stop))
+        ref = self._ref(name)
+        return to_float32(ref, self.stored_rows(ref, start, stop))
+
+    def quantized_rows(self, name: str, start: int, stop: int) -> QuantizedTensor:
+        """Rows of a quantized matrix, as they are stored."""
+        scheme, columns = self._schemes[name], self.shape(name)[1]
+        parts: dict[str, NDArray[Any]] = {}
+        for part in scheme.parts((0, columns)):
+            ref = self._ref(part_name(name, part))
+            parts[part] = (
+                self.stored_rows(ref, 0, ref.shape[0]) if part == "perm" else self.stored_rows(ref, start, stop)
+            )
+        values = parts["weight"]
+        return QuantizedTensor(
+            name,
+            scheme,
+            (len(values), columns),
+            values,
+            parts["scale"],
+            parts.get("zero_point"),
+            parts.get("perm"),
+        )
+
+    def stored_rows(self, ref: TensorRef, start: int, stop: int) -> NDArray[Any]:
+        """Rows of any stored tensor, in `_STORED_AS` of its dtype."""
+        row_shape = ref.shape[1:]
+        row_bytes = BYTES_OF_DTYPE[ref.dtype] * int(np.prod(row_shape, dtype=np.int64))
+        stop = min(stop, ref.shape[0])
+        data = np.empty((stop - start) * row_bytes, np.uint8)
+        read_bytes(self._descriptor(ref.path), data, ref.offset + start * row_bytes, ref)
+        return data.view(_STORED_AS[ref.dtype]).reshape(stop - start, *row_shape)
+
+    def _ref(self, name: str) -> TensorRef:
+        if name not in self._tensors:
+            raise CheckpointError(f"tensor {show(name)} is not stored", "every tensor of the model", "build again")
+        return self._tensors[name]
+
+    def _descriptor(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._files:
+                with read_errors(path):
+                    self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return self._files[path]
+
+
+def read_bytes(descriptor: int, target: NDArray[np.uint8], offset: int, ref: TensorRef) -> None:
+    """Fill `target` from byte `offset` of an open file.
+
+    Raises:
+        CheckpointError: The file ends before that.
+        StorageError: The operating system refuses.
+    """
+    memory = memoryview(target)
+    while memory:
+        with read_errors(ref.path):
+            count = os.preadv(descriptor, [memory], offset)
+        if not count:
+            raise CheckpointError(
+                f"{ref.path} ends at byte {offset}, within tensor {show(ref.name)}",
+                "a file at rest",
+                "download it again",
+            )
+        memory, offset = memory[count:], offset + count
