@@ -162,7 +162,7 @@ class QuantizedTensor:
 
 
 def part_name(name: str, part: str) -> str:
-    """Name under which a part of the matrix `name` is stored: `X.weight`, `X.weight_scale`, …"""
+    """Name under which a part of the matrix `name` is stored: `X.weight`, `X.weight_scale` and so on."""
     return name if part == "weight" else f"{name}_{part}"
 
 
