@@ -24,6 +24,10 @@ sequence has exactly one, and neither `query_starts` nor `indices` is read; with
 `sample` is greedy with `logits` alone. `penalties` are repetition, frequency and presence. A row that no token can be
 chosen from (NaN, +inf, or nothing above -inf) gets -2 in `history`.
 
+Matrices may be quantized, as `qwen_rt.quantization` lays them out: `weight_format`, a number of `WEIGHT_FORMATS`, says
+how; the inputs named `scale`, `zero_point` and `perm` are its parts, and the axis `columns` is K, or K/2 for int4. All
+matrices of a node are alike. Without a format a matrix is bf16 and has no such parts.
+
 An op with a workspace gets device memory behind its tensors: `COUNTER_BYTES` that are zero before the first use and
 that every op leaves zero, then scratch. All ops of a graph that run one after another share one. In a graph it is the
 node's last input, `workspace: uint8[W]`.
@@ -36,7 +40,19 @@ from dataclasses import dataclass
 
 from qwen_rt.errors import UsageError
 
-__all__ = ["BLOCK_SIZE", "COUNTER_BYTES", "DOMAIN", "MAX_ROWS", "OPS", "OpTensor", "PluginOp", "find_op", "shape_of"]
+__all__ = [
+    "BLOCK_SIZE",
+    "COUNTER_BYTES",
+    "DOMAIN",
+    "MAX_ROWS",
+    "OPS",
+    "POLYMORPHIC",
+    "WEIGHT_FORMATS",
+    "OpTensor",
+    "PluginOp",
+    "find_op",
+    "shape_of",
+]
 
 DOMAIN = "qwen_rt"
 """The operator-set domain of the ops in a graph."""
@@ -50,6 +66,16 @@ BLOCK_SIZE = 64
 COUNTER_BYTES = 64 * 1024
 """The part of a workspace, at its start, that is zeroed once and always left zero."""
 
+WEIGHT_FORMATS: Mapping[str, int] = {"bf16": 0, "fp8": 1, "int8": 2, "int4": 3}
+"""Format of a matrix → value of the attribute `weight_format`."""
+
+POLYMORPHIC: Mapping[str, tuple[str, ...]] = {
+    "weight": ("bf16", "f8", "i8", "u8"),
+    "scale": ("f32", "f16"),
+    "zero": ("i8", "u8"),
+}
+"""Dtype in the table that stands for several → those that a tensor may have."""
+
 
 @dataclass(frozen=True)
 class OpTensor:
@@ -57,7 +83,7 @@ class OpTensor:
 
     Attributes:
         name: As in the kernel's header comment.
-        dtype: `bf16`, `f32`, `i32` or `i64`.
+        dtype: `bf16`, `f32`, `i32` or `i64`, or a key of `POLYMORPHIC`.
         shape: One symbolic size per axis.
         optional: Whether it may be absent.
         alias: For an output: the input whose memory it shares, in place; for `may_alias`, if the caller wants it.
@@ -155,30 +181,50 @@ def _matrix(name: str, *shape: str) -> OpTensor:
     return OpTensor(name, "bf16", shape)
 
 
-_EPSILON = (("epsilon", None),)
+def _weight(name: str, rows: str) -> OpTensor:
+    """A matrix of any format."""
+    return OpTensor(name, "weight", (rows, "columns"))
+
+
+def _parts(perm: str | None, **rows: str) -> tuple[OpTensor, ...]:
+    """What quantized matrices have besides: prefix of the name → axis of the rows; `perm` is the axis K."""
+    scales = tuple(OpTensor(f"{name}scale", "scale", (size, "groups"), optional=True) for name, size in rows.items())
+    zeros = tuple(OpTensor(f"{name}zero_point", "zero", (size, "zeros"), optional=True) for name, size in rows.items())
+    order = () if perm is None else (OpTensor("perm", "i32", (perm,), optional=True),)
+    return scales + zeros + order
+
+
+_FORMAT = (("weight_format", 0.0),)
+_EPSILON = (("epsilon", None), *_FORMAT)
 _CACHE = ("num_blocks", "kv_heads", "block_size", "head_dim")
 
 OPS: tuple[PluginOp, ...] = (
     PluginOp(
         "embed",
-        1,
-        ("rows", "vocab", "hidden"),
-        (OpTensor("ids", "i64", ("rows",)), _matrix("table", "vocab", "hidden")),
+        2,
+        ("rows", "vocab", "hidden", "groups"),
+        (
+            OpTensor("ids", "i64", ("rows",)),
+            OpTensor("table", "weight", ("vocab", "hidden")),
+            OpTensor("scale", "scale", ("vocab", "groups"), optional=True),
+        ),
         (_matrix("out", "rows", "hidden"),),
+        _FORMAT,
     ),
     PluginOp(
         "rmsnorm_qkv",
-        2,
-        ("rows", "hidden", "q_width", "kv_width"),
+        3,
+        ("rows", "hidden", "q_width", "kv_width", "groups"),
         (
             _matrix("hidden", "rows", "hidden"),
             _matrix("norm_weight", "hidden"),
-            _matrix("q_weight", "q_width", "hidden"),
-            _matrix("k_weight", "kv_width", "hidden"),
-            _matrix("v_weight", "kv_width", "hidden"),
+            _weight("q_weight", "q_width"),
+            _weight("k_weight", "kv_width"),
+            _weight("v_weight", "kv_width"),
             OpTensor("q_bias", "bf16", ("q_width",), optional=True),
             OpTensor("k_bias", "bf16", ("kv_width",), optional=True),
             OpTensor("v_bias", "bf16", ("kv_width",), optional=True),
+            *_parts("hidden", q_="q_width", k_="kv_width", v_="kv_width"),
         ),
         (_matrix("qkv", "rows", "q_width + 2 * kv_width"),),
         _EPSILON,
@@ -207,38 +253,43 @@ OPS: tuple[PluginOp, ...] = (
     ),
     PluginOp(
         "o_proj_residual",
-        2,
-        ("rows", "width", "hidden"),
+        3,
+        ("rows", "width", "hidden", "groups"),
         (
             _matrix("attention", "rows", "width"),
-            _matrix("weight", "hidden", "width"),
+            _weight("weight", "hidden"),
             _matrix("residual", "rows", "hidden"),
+            *_parts("width", **{"": "hidden"}),
         ),
         (OpTensor("out", "bf16", ("rows", "hidden"), alias="residual", may_alias=True),),
+        _FORMAT,
         has_workspace=True,
     ),
     PluginOp(
         "select_o_proj_residual",
-        1,
-        ("rows", "sequences", "width", "hidden"),
+        2,
+        ("rows", "sequences", "width", "hidden", "groups"),
         (
             _matrix("attention", "rows", "width"),
             OpTensor("indices", "i64", ("sequences",)),
-            _matrix("weight", "hidden", "width"),
+            _weight("weight", "hidden"),
             _matrix("residual", "rows", "hidden"),
+            *_parts("width", **{"": "hidden"}),
         ),
         (_matrix("out", "sequences", "hidden"),),
+        _FORMAT,
         has_workspace=True,
     ),
     PluginOp(
         "rmsnorm_gate_up_silu",
-        2,
-        ("rows", "hidden", "ffn"),
+        3,
+        ("rows", "hidden", "ffn", "groups"),
         (
             _matrix("hidden", "rows", "hidden"),
             _matrix("norm_weight", "hidden"),
-            _matrix("gate_weight", "ffn", "hidden"),
-            _matrix("up_weight", "ffn", "hidden"),
+            _weight("gate_weight", "ffn"),
+            _weight("up_weight", "ffn"),
+            *_parts("hidden", gate_="ffn", up_="ffn"),
         ),
         (_matrix("activation", "rows", "ffn"),),
         _EPSILON,
@@ -246,21 +297,28 @@ OPS: tuple[PluginOp, ...] = (
     ),
     PluginOp(
         "down_residual",
-        2,
-        ("rows", "ffn", "hidden"),
+        3,
+        ("rows", "ffn", "hidden", "groups"),
         (
             _matrix("activation", "rows", "ffn"),
-            _matrix("weight", "hidden", "ffn"),
+            _weight("weight", "hidden"),
             _matrix("residual", "rows", "hidden"),
+            *_parts("ffn", **{"": "hidden"}),
         ),
         (OpTensor("out", "bf16", ("rows", "hidden"), alias="residual", may_alias=True),),
+        _FORMAT,
         has_workspace=True,
     ),
     PluginOp(
         "lm_head",
-        3,
-        ("rows", "hidden", "vocab"),
-        (_matrix("hidden", "rows", "hidden"), _matrix("norm_weight", "hidden"), _matrix("weight", "vocab", "hidden")),
+        4,
+        ("rows", "hidden", "vocab", "groups"),
+        (
+            _matrix("hidden", "rows", "hidden"),
+            _matrix("norm_weight", "hidden"),
+            _weight("weight", "vocab"),
+            *_parts("hidden", **{"": "vocab"}),
+        ),
         (OpTensor("logits", "f32", ("rows", "vocab")),),
         _EPSILON,
     ),

@@ -58,7 +58,17 @@ _OLDEST_NVCC = (12, 8)
 _FLAGS = ("-std=c++17", "-O3", "--threads", "1", "-Xcompiler", "-fPIC,-Wall,-fvisibility=default")
 _SUFFIXES = (".cu", ".cuh", ".cpp", ".h")
 _ARCHITECTURES = {90: "90a"}  # wgmma is in the architecture-specific instructions of SM 9.0 only
-_ELEMENT_TYPES = {"f32": 1, "u8": 2, "i32": 6, "i64": 7, "bf16": 16}  # TensorProto.DataType
+_ELEMENT_TYPES = {
+    "f32": 1,
+    "u8": 2,
+    "i8": 3,
+    "i32": 6,
+    "i64": 7,
+    "f16": 10,
+    "bf16": 16,
+    "f8": 17,
+}  # TensorProto.DataType
+_ANY_TYPE = 0  # what ONNX Runtime takes for several
 _INFO = re.compile(rb"abi=\d+ sources=[\w.,:=+ -]+")
 
 _HELP = """examples:
@@ -94,8 +104,8 @@ def _tensor_row(op: PluginOp, tensor: OpTensor, symbols: Sequence[str]) -> str:
     alias = -1 if tensor.alias is None else [other.name for other in op.inputs].index(tensor.alias)
     sizes = ", ".join(_size(size, symbols) for size in tensor.shape)
     return (
-        f"{{{json.dumps(tensor.name)}, {_ELEMENT_TYPES[tensor.dtype]}, {_flag(tensor.optional)}, {alias},"
-        f" {_flag(tensor.may_alias)}, {len(tensor.shape)}, {{{sizes}}}}}"
+        f"{{{json.dumps(tensor.name)}, {_ELEMENT_TYPES.get(tensor.dtype, _ANY_TYPE)}, {_flag(tensor.optional)},"
+        f" {alias}, {_flag(tensor.may_alias)}, {len(tensor.shape)}, {{{sizes}}}}}"
     )
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 
 from qwen_rt.errors import GraphError
-from qwen_rt.ops import DOMAIN, OpTensor, find_op
+from qwen_rt.ops import DOMAIN, POLYMORPHIC, OpTensor, find_op
 
-__all__ = ["DTYPES", "OPSET_VERSION", "plugin_node"]
+__all__ = ["ALLOWED", "DTYPES", "OPSET_VERSION", "plugin_node"]
 
 OPSET_VERSION = 1
 """Of the domain `qwen_rt` in every graph. The ops have versions of their own, checked when their library is loaded."""
@@ -17,10 +17,19 @@ OPSET_VERSION = 1
 DTYPES = {
     "bf16": ir.DataType.BFLOAT16,
     "f32": ir.DataType.FLOAT,
+    "f16": ir.DataType.FLOAT16,
+    "f8": ir.DataType.FLOAT8E4M3FN,
+    "i8": ir.DataType.INT8,
+    "u8": ir.DataType.UINT8,
     "i32": ir.DataType.INT32,
     "i64": ir.DataType.INT64,
 }
 """Dtype in the table → dtype in a graph."""
+
+ALLOWED: dict[str, tuple[ir.DataType, ...]] = {name: (dtype,) for name, dtype in DTYPES.items()} | {
+    kind: tuple(DTYPES[name] for name in names) for kind, names in POLYMORPHIC.items()
+}
+"""Dtype in the table, or a kind that stands for several → dtypes that an input may have."""
 
 Shape = Sequence[int | str]
 
@@ -77,8 +86,8 @@ def _checked(name: str, tensor: OpTensor, value: ir.Value | None) -> ir.Value | 
         if not tensor.optional:
             raise GraphError(f"{name} lacks input {tensor.name}", f"{tensor.dtype}[{', '.join(tensor.shape)}]")
         return None
-    dtype = DTYPES[tensor.dtype]
-    if value.dtype != dtype or value.shape is None or len(value.shape) != len(tensor.shape):
-        found = f"{value.dtype}{value.shape}"
-        raise GraphError(f"{name}: {tensor.name} is {found}", f"{dtype}[{', '.join(tensor.shape)}]")
+    allowed = ALLOWED[tensor.dtype]
+    if value.dtype not in allowed or value.shape is None or len(value.shape) != len(tensor.shape):
+        found, wanted = f"{value.dtype}{value.shape}", " or ".join(map(str, allowed))
+        raise GraphError(f"{name}: {tensor.name} is {found}", f"{wanted}[{', '.join(tensor.shape)}]")
     return value
