@@ -8,7 +8,7 @@ at its outputs; sums stay float64. So a chain of ops shows what the kernels' rou
 
 | op                         | rounded inside, with `bf16=True`                                   | outputs      |
 |----------------------------|--------------------------------------------------------------------|--------------|
-| `embed`                    | nothing                                                            | bf16, a copy |
+| `embed`                    | nothing                                                            | bf16         |
 | `rmsnorm_qkv`              | hidden ∘ norm_weight, 1 / rms being applied to the sums; with more | bf16         |
 |                            | than 64 rows the whole norm                                        |              |
 | `rope_kv_append_attention` | turned q and k; exp(score - largest) before the product with v     | bf16         |
@@ -32,6 +32,9 @@ from onnx.reference.op_run import OpRun
 
 from qwen_rt.ops import DOMAIN, MAX_ROWS, OPS, PluginOp, find_op
 from qwen_rt.plugins import reference
+from qwen_rt.plugins.reference_attention import rope_kv_append_attention
+from qwen_rt.plugins.reference_rounding import round_bf16, rounding
+from qwen_rt.plugins.reference_weights import matrix, table_rows
 
 __all__ = [
     "REFERENCES",
@@ -58,26 +61,13 @@ _NUMPY_DTYPES: Mapping[str, Any] = {
 }
 
 
-def round_bf16(x: ArrayLike) -> F64:
-    """Round to the nearest bfloat16, ties to even; the result is float64 still."""
-    return np.asarray(x, np.float64).astype(ml_dtypes.bfloat16).astype(np.float64)
-
-
 def round_outputs(op: PluginOp, outputs: tuple[F64, ...]) -> tuple[NDArray[Any], ...]:
     """Round outputs to the dtypes that the table gives them."""
     return tuple(array.astype(_NUMPY_DTYPES[tensor.dtype]) for array, tensor in zip(outputs, op.outputs, strict=True))
 
 
-def _keep(x: F64) -> F64:
-    return x
-
-
-def _rounding(bf16: bool) -> Callable[[F64], F64]:
-    return round_bf16 if bf16 else _keep
-
-
 def _normed_linear(
-    hidden: ArrayLike, norm_weight: ArrayLike, weights: list[ArrayLike], epsilon: float, bf16: bool
+    hidden: ArrayLike, norm_weight: ArrayLike, weights: list[F64], epsilon: float, bf16: bool
 ) -> list[F64]:
     """`weight · (hidden / rms ∘ norm_weight)` for each weight; rounded before or after the division by rms."""
     normed = reference.rms_norm(hidden, norm_weight, epsilon)  # [rows, hidden]
@@ -91,20 +81,24 @@ def _normed_linear(
     return [reference.linear(scaled, weight) / rms for weight in weights]
 
 
-def embed(ids: ArrayLike, table: ArrayLike, *, bf16: bool = False) -> F64:
+def embed(
+    ids: ArrayLike, table: ArrayLike, scale: ArrayLike | None = None, *, weight_format: float = 0, bf16: bool = False
+) -> F64:
     """Look up embeddings: `out = table[ids]`; an id outside of the table gives a row of NaN.
 
     Args:
         ids: int[rows].
         table: [vocab, hidden].
-        bf16: Round as the kernel does: not at all.
+        scale: [vocab, groups] of a quantized table.
+        weight_format: Of the table.
+        bf16: Round as the kernel does: a bf16 table not at all, the rows of a quantized one once.
 
     Returns:
         f64[rows, hidden].
     """
-    found, rows = np.asarray(ids, np.int64), np.asarray(table)
-    valid = (found >= 0) & (found < len(rows))
-    looked_up = reference.embed(rows, np.where(valid, found, 0))
+    found, num_rows = np.asarray(ids, np.int64), len(np.asarray(table))
+    valid = (found >= 0) & (found < num_rows)
+    looked_up = rounding(bf16)(table_rows(table, np.where(valid, found, 0), weight_format, scale))
     return np.where(valid[:, None], looked_up, np.nan)
 
 
@@ -117,8 +111,16 @@ def rmsnorm_qkv(
     q_bias: ArrayLike | None = None,
     k_bias: ArrayLike | None = None,
     v_bias: ArrayLike | None = None,
+    q_scale: ArrayLike | None = None,
+    k_scale: ArrayLike | None = None,
+    v_scale: ArrayLike | None = None,
+    q_zero_point: ArrayLike | None = None,
+    k_zero_point: ArrayLike | None = None,
+    v_zero_point: ArrayLike | None = None,
+    perm: ArrayLike | None = None,
     *,
     epsilon: float,
+    weight_format: float = 0,
     bf16: bool = False,
 ) -> F64:
     """Normalize and project: `qkv = concat(q, k, v)(norm(hidden)) + bias`.
@@ -132,133 +134,74 @@ def rmsnorm_qkv(
         q_bias: [q_width], or None.
         k_bias: [kv_width], or None.
         v_bias: [kv_width], or None.
+        q_scale: [q_width, groups] of a quantized q_weight; k_scale, v_scale and zero points likewise.
+        k_scale: See q_scale.
+        v_scale: See q_scale.
+        q_zero_point: None for symmetric formats.
+        k_zero_point: See q_zero_point.
+        v_zero_point: See q_zero_point.
+        perm: int[hidden], order of the matrices' columns; None if they are in order.
         epsilon: Added to the mean square.
+        weight_format: Of the matrices, a number of `WEIGHT_FORMATS`.
         bf16: Round as the kernel does.
 
     Returns:
         f64[rows, q_width + 2 kv_width].
     """
-    products = _normed_linear(hidden, norm_weight, [q_weight, k_weight, v_weight], epsilon, bf16)
+    columns = np.asarray(hidden).shape[1]
+    parts_of = (
+        (q_weight, q_scale, q_zero_point),
+        (k_weight, k_scale, k_zero_point),
+        (v_weight, v_scale, v_zero_point),
+    )
+    weights = [matrix(weight, columns, weight_format, scale, zero, perm) for weight, scale, zero in parts_of]
+    products = _normed_linear(hidden, norm_weight, weights, epsilon, bf16)
     biases = (q_bias, k_bias, v_bias)
     parts = [x if b is None else x + np.asarray(b, np.float64) for x, b in zip(products, biases, strict=True)]
-    return _rounding(bf16)(np.concatenate(parts, axis=-1))
+    return rounding(bf16)(np.concatenate(parts, axis=-1))
 
 
-def rope_kv_append_attention(
-    qkv: ArrayLike,
-    positions: ArrayLike,
-    query_starts: ArrayLike,
-    inv_freq: ArrayLike,
-    block_tables: ArrayLike,
-    k_cache: ArrayLike,
-    v_cache: ArrayLike,
+def o_proj_residual(
+    attention: ArrayLike,
+    weight: ArrayLike,
+    residual: ArrayLike,
+    scale: ArrayLike | None = None,
+    zero_point: ArrayLike | None = None,
+    perm: ArrayLike | None = None,
     *,
-    scale: float,
-    rope_scaling: float = 1.0,
-    max_length: float = 0.0,
+    weight_format: float = 0,
     bf16: bool = False,
-) -> tuple[F64, F64, F64]:
-    """Turn q and k, append k and v to the paged cache, attend causally over each sequence.
-
-    A row at position p sees the cached tokens 0 … p of its sequence, those of this call among them, and nothing else
-    is read: other blocks and later slots may hold anything, NaN too.
-
-    Args:
-        qkv: [rows, q_width + 2 kv_heads · head_dim]: all q heads, then k, then v.
-        positions: int[rows]. Negative: the row is idle, its output is 0 and it appends nothing. Beyond what the block
-            table can hold: its output is NaN and it appends nothing.
-        query_starts: int[sequences + 1], first row of each sequence, then rows; not read if rows = sequences.
-        inv_freq: [half_dim], radians per position.
-        block_tables: int[sequences, max_blocks], the cache block of tokens i · block_size … of a sequence. Entries
-            behind the one of the last token are not read.
-        k_cache: [num_blocks, kv_heads, block_size, head_dim].
-        v_cache: [num_blocks, kv_heads, block_size, head_dim].
-        scale: head_dim**-0.5.
-        rope_scaling: YaRN's attention factor, on cos and sin.
-        max_length: Longest sequence that will occur, from which a kernel plans; without effect here.
-        bf16: Round as the kernel does.
-
-    Returns:
-        f64[rows, q_width], and copies of both caches with the new tokens, f64.
-
-    Raises:
-        IndexError: `query_starts` is not an ascending division of the rows, or a table names no block of the cache.
-    """
-    rounding = _rounding(bf16)
-    mixed, places = np.asarray(qkv, np.float64), np.asarray(positions, np.int64)
-    tables = np.asarray(block_tables, np.int64)
-    keys, values = (np.array(cache, np.float64) for cache in (k_cache, v_cache))  # copies
-    num_blocks, kv_heads, block_size, head_dim = keys.shape
-    num_rows, kv_width = len(mixed), kv_heads * head_dim
-    q_width = mixed.shape[1] - 2 * kv_width
-
-    cos, sin = reference.rotary_tables(places[None], inv_freq, rope_scaling)  # [1, rows, D/2]
-    flat_q, flat_k, flat_v = np.split(mixed, (q_width, q_width + kv_width), axis=-1)
-    query = rounding(reference.apply_rotary(_heads(flat_q, head_dim), cos, sin))  # [1, H, rows, D]
-    key = rounding(reference.apply_rotary(_heads(flat_k, head_dim), cos, sin))[0]  # [Hkv, rows, D]
-    value = _heads(flat_v, head_dim)[0]
-
-    capacity = tables.shape[1] * block_size
-    blocks_of: dict[int, NDArray[np.int64]] = {}  # row → the blocks that it sees
-    for row, sequence in enumerate(_sequence_of_rows(query_starts, num_rows, len(tables))):
-        if 0 <= places[row] < capacity:
-            blocks = tables[sequence, : places[row] // block_size + 1]
-            if blocks.min() < 0 or blocks.max() >= num_blocks:
-                raise IndexError(f"row {row}: blocks {blocks.tolist()}, expected 0 to {num_blocks - 1}")
-            slot = places[row] % block_size
-            keys[blocks[-1], :, slot], values[blocks[-1], :, slot] = key[:, row], value[:, row]
-            blocks_of[row] = blocks
-
-    out = np.where(places < 0, 0.0, np.nan)[:, None].repeat(q_width, axis=1)  # [rows, q_width]
-    for row, blocks in blocks_of.items():
-        seen = int(places[row]) + 1
-        own_keys, own_values = (_contiguous(cache, blocks)[None, :, :seen] for cache in (keys, values))
-        attended = reference.attention(
-            query[:, :, row : row + 1], own_keys, own_values, [seen - 1], scale, rounding if bf16 else None
-        )
-        out[row] = rounding(attended.reshape(q_width))  # [1, H, 1, D]
-    return out, keys, values
-
-
-def _heads(flat: F64, head_dim: int) -> F64:
-    """Split [rows, heads · D] into [1, heads, rows, D]."""
-    return flat.reshape(len(flat), -1, head_dim).transpose(1, 0, 2)[None]
-
-
-def _contiguous(cache: F64, blocks: NDArray[np.int64]) -> F64:
-    """The tokens of some blocks behind each other: [kv_heads, blocks · block_size, D]."""
-    chosen = cache[blocks].transpose(1, 0, 2, 3)  # [kv_heads, blocks, block_size, D]
-    return chosen.reshape(len(chosen), -1, cache.shape[-1])
-
-
-def _sequence_of_rows(query_starts: ArrayLike, num_rows: int, num_sequences: int) -> NDArray[np.int64]:
-    """Which sequence each row belongs to: int64[rows]."""
-    if num_rows == num_sequences:
-        return np.arange(num_rows)
-    starts = np.asarray(query_starts, np.int64)
-    lengths = np.diff(starts)
-    if len(lengths) != num_sequences or starts[0] != 0 or starts[-1] != num_rows or (lengths < 0).any():
-        raise IndexError(f"query_starts={starts.tolist()}, expected {num_sequences} ascending parts of {num_rows} rows")
-    return np.repeat(np.arange(num_sequences), lengths)
-
-
-def o_proj_residual(attention: ArrayLike, weight: ArrayLike, residual: ArrayLike, *, bf16: bool = False) -> F64:
+) -> F64:
     """Project and add: `out = residual + weight · attention`.
 
     Args:
         attention: [rows, width].
         weight: [hidden, width].
         residual: [rows, hidden].
+        scale: [hidden, groups] of a quantized weight.
+        zero_point: None for symmetric formats.
+        perm: int[width], order of the weight's columns; None if they are in order.
+        weight_format: Of the weight, a number of `WEIGHT_FORMATS`.
         bf16: Round as the kernel does.
 
     Returns:
         f64[rows, hidden].
     """
-    return _rounding(bf16)(np.asarray(residual, np.float64) + reference.linear(attention, weight))
+    weights = matrix(weight, np.asarray(attention).shape[1], weight_format, scale, zero_point, perm)
+    return rounding(bf16)(np.asarray(residual, np.float64) + reference.linear(attention, weights))
 
 
 def select_o_proj_residual(
-    attention: ArrayLike, indices: ArrayLike, weight: ArrayLike, residual: ArrayLike, *, bf16: bool = False
+    attention: ArrayLike,
+    indices: ArrayLike,
+    weight: ArrayLike,
+    residual: ArrayLike,
+    scale: ArrayLike | None = None,
+    zero_point: ArrayLike | None = None,
+    perm: ArrayLike | None = None,
+    *,
+    weight_format: float = 0,
+    bf16: bool = False,
 ) -> F64:
     """Project and add one row of each sequence: `out = residual[indices] + weight · attention[indices]`.
 
@@ -267,6 +210,10 @@ def select_o_proj_residual(
         indices: int[sequences]; not read if rows = sequences. One that is no row gives a row of NaN.
         weight: [hidden, width].
         residual: [rows, hidden].
+        scale: As in `o_proj_residual`, and so the rest.
+        zero_point: See there.
+        perm: See there.
+        weight_format: See there.
         bf16: Round as the kernel does.
 
     Returns:
@@ -275,7 +222,7 @@ def select_o_proj_residual(
     rows, stream, wanted = np.asarray(attention), np.asarray(residual), np.asarray(indices, np.int64)
     if len(rows) != len(wanted):
         rows, stream = embed(wanted, rows), embed(wanted, stream)  # lookups of rows, NaN outside of them
-    return o_proj_residual(rows, weight, stream, bf16=bf16)
+    return o_proj_residual(rows, weight, stream, scale, zero_point, perm, weight_format=weight_format, bf16=bf16)
 
 
 def rmsnorm_gate_up_silu(
@@ -283,8 +230,14 @@ def rmsnorm_gate_up_silu(
     norm_weight: ArrayLike,
     gate_weight: ArrayLike,
     up_weight: ArrayLike,
+    gate_scale: ArrayLike | None = None,
+    up_scale: ArrayLike | None = None,
+    gate_zero_point: ArrayLike | None = None,
+    up_zero_point: ArrayLike | None = None,
+    perm: ArrayLike | None = None,
     *,
     epsilon: float,
+    weight_format: float = 0,
     bf16: bool = False,
 ) -> F64:
     """Normalize, project twice, gate: `activation = silu(gate(norm(hidden))) · up(norm(hidden))`.
@@ -294,47 +247,89 @@ def rmsnorm_gate_up_silu(
         norm_weight: [hidden].
         gate_weight: [ffn, hidden].
         up_weight: [ffn, hidden].
+        gate_scale: [ffn, groups] of a quantized gate_weight.
+        up_scale: [ffn, groups] of a quantized up_weight.
+        gate_zero_point: None for symmetric formats.
+        up_zero_point: See gate_zero_point.
+        perm: int[hidden], order of the matrices' columns; None if they are in order.
         epsilon: Added to the mean square.
+        weight_format: Of the matrices, a number of `WEIGHT_FORMATS`.
         bf16: Round as the kernel does.
 
     Returns:
         f64[rows, ffn].
     """
-    gate, up = _normed_linear(hidden, norm_weight, [gate_weight, up_weight], epsilon, bf16)
+    columns = np.asarray(hidden).shape[1]
+    parts_of = ((gate_weight, gate_scale, gate_zero_point), (up_weight, up_scale, up_zero_point))
+    weights = [matrix(weight, columns, weight_format, scale, zero, perm) for weight, scale, zero in parts_of]
+    gate, up = _normed_linear(hidden, norm_weight, weights, epsilon, bf16)
     if bf16 and len(gate) > MAX_ROWS:
         gate, up = round_bf16(gate), round_bf16(up)
-    return _rounding(bf16)(reference.silu(gate) * up)
+    return rounding(bf16)(reference.silu(gate) * up)
 
 
-def down_residual(activation: ArrayLike, weight: ArrayLike, residual: ArrayLike, *, bf16: bool = False) -> F64:
+def down_residual(
+    activation: ArrayLike,
+    weight: ArrayLike,
+    residual: ArrayLike,
+    scale: ArrayLike | None = None,
+    zero_point: ArrayLike | None = None,
+    perm: ArrayLike | None = None,
+    *,
+    weight_format: float = 0,
+    bf16: bool = False,
+) -> F64:
     """Project and add: `out = residual + weight · activation`.
 
     Args:
         activation: [rows, ffn].
         weight: [hidden, ffn].
         residual: [rows, hidden].
+        scale: As in `o_proj_residual`, and so the rest.
+        zero_point: See there.
+        perm: See there.
+        weight_format: See there.
         bf16: Round as the kernel does.
 
     Returns:
         f64[rows, hidden].
     """
-    return o_proj_residual(activation, weight, residual, bf16=bf16)
+    return o_proj_residual(
+        activation, weight, residual, scale, zero_point, perm, weight_format=weight_format, bf16=bf16
+    )
 
 
-def lm_head(hidden: ArrayLike, norm_weight: ArrayLike, weight: ArrayLike, *, epsilon: float, bf16: bool = False) -> F64:
+def lm_head(
+    hidden: ArrayLike,
+    norm_weight: ArrayLike,
+    weight: ArrayLike,
+    scale: ArrayLike | None = None,
+    zero_point: ArrayLike | None = None,
+    perm: ArrayLike | None = None,
+    *,
+    epsilon: float,
+    weight_format: float = 0,
+    bf16: bool = False,
+) -> F64:
     """Normalize, project: `logits = weight · norm(hidden)`.
 
     Args:
         hidden: [rows, hidden].
         norm_weight: [hidden].
         weight: [vocab, hidden].
+        scale: As in `o_proj_residual`, and so the rest.
+        zero_point: See there.
+        perm: See there.
         epsilon: Added to the mean square.
+        weight_format: See `o_proj_residual`.
         bf16: Round as the kernel does. Logits are float32, which is not imitated.
 
     Returns:
         f64[rows, vocab].
     """
-    return _normed_linear(np.asarray(hidden), norm_weight, [weight], epsilon, bf16)[0]
+    rows = np.asarray(hidden)
+    weights = matrix(weight, rows.shape[1], weight_format, scale, zero_point, perm)
+    return _normed_linear(rows, norm_weight, [weights], epsilon, bf16)[0]
 
 
 REFERENCES: Mapping[str, Callable[..., F64 | tuple[F64, ...]]] = {

@@ -20,7 +20,14 @@ DIMS = {
     "rows": 5, "hidden": 32, "vocab": 40, "q_width": 64, "kv_width": 32, "width": 64, "ffn": 48, "kv_heads": 2,
     "head_dim": HEAD_DIM, "num_blocks": 7, "block_size": BLOCK_SIZE, "sequences": 2, "max_blocks": 3, "half_dim": 8,
 }  # fmt: skip
-ATTRIBUTES = {"epsilon": EPSILON, "scale": HEAD_DIM**-0.5, "rope_scaling": SCALING, "max_length": 100.0}
+ATTRIBUTES = {
+    "weight_format": 0.0,
+    "epsilon": EPSILON,
+    "scale": HEAD_DIM**-0.5,
+    "rope_scaling": SCALING,
+    "max_length": 100.0,
+}
+COLUMNS = {"o_proj_residual": "width", "select_o_proj_residual": "width", "down_residual": "ffn"}
 INTEGERS = {
     "ids": [3, 0, 39, 7, 7],
     "indices": [1, 4],
@@ -31,14 +38,15 @@ INTEGERS = {
 
 
 def inputs_of(name: str, seed: int = 0) -> dict[str, NDArray[np.generic]]:
-    """Random inputs of an op, bfloat16 values where the table says so."""
+    """Random inputs of an op, bfloat16 values where the table says so; nothing is quantized."""
     rng = np.random.default_rng(seed)
+    dims = DIMS | {"columns": DIMS[COLUMNS.get(name, "hidden")]}
     found: dict[str, NDArray[np.generic]] = {}
     for tensor in find_op(name).inputs:
         if tensor.name in INTEGERS:
             found[tensor.name] = np.array(INTEGERS[tensor.name])
-        else:
-            found[tensor.name] = rng.standard_normal(shape_of(tensor.shape, DIMS)).astype(ml_dtypes.bfloat16)
+        elif not tensor.optional or tensor.name.endswith("_bias"):
+            found[tensor.name] = rng.standard_normal(shape_of(tensor.shape, dims)).astype(ml_dtypes.bfloat16)
     return found
 
 
