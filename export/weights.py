@@ -1,43 +1,78 @@
-"""Weights that a bundle stores itself: laid out before a byte is written, converted in blocks, file by file."""
+"""Weights that a bundle stores itself: laid out before a byte is written, made in blocks, file by file."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import ml_dtypes
 import numpy as np
 
 from qwen_rt.bundle import FileEntry, file_sha256
-from qwen_rt.checkpoint import Checkpoint, to_float32
 from qwen_rt.errors import UsageError
 from qwen_rt.export.portable import WeightLocation
+from qwen_rt.row_reader import RowSource
 from qwen_rt.safetensors_header import write_header
 from qwen_rt.storage import AtomicFile
 
-__all__ = ["NUMPY_DTYPES", "PlannedFile", "copy_file", "is_whole", "plan_weight_files", "write_weight_file"]
+__all__ = [
+    "NUMPY_DTYPES",
+    "Piece",
+    "PlannedFile",
+    "copy_file",
+    "float_piece",
+    "in_order",
+    "is_whole",
+    "plan_files",
+    "row_blocks",
+    "write_weight_file",
+]
 
 NUMPY_DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-"""safetensors dtype → numpy dtype."""
+"""safetensors dtype → numpy dtype, of those that a float can be stored as."""
 
 MAX_FILE_BYTES = 1 << 30
-"""A file of weights ends after the tensor that passes this: what a killed build loses at most."""
+"""A file of weights ends after the piece that passes this: what a killed build loses at most."""
 
-_BLOCK_ELEMENTS = 8 << 20
+BLOCK_BYTES = 16 << 20
+"""Float32 bytes of the rows that a worker has in hand."""
+
+_NUM_AHEAD = 4  # blocks under way or waiting to be written
+
+T = TypeVar("T")
+Tensors = tuple[tuple[str, str, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tensors that lie behind each other in a file, and how to make their bytes.
+
+    Attributes:
+        tensors: (name, safetensors dtype, shape) each.
+        blocks: Yields their bytes in order; work may be given to the executor's threads.
+    """
+
+    tensors: Tensors
+    blocks: Callable[[Executor], Iterator[bytes]]
 
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A safetensors file to be written: its name, its header, and where each tensor's bytes will lie in it."""
+    """A safetensors file to be written: its name, its header, its pieces, and where each tensor's bytes will lie."""
 
     name: str
     header: bytes
+    pieces: Sequence[Piece]
     locations: Mapping[str, WeightLocation]
 
     @property
@@ -46,50 +81,46 @@ class PlannedFile:
         return len(self.header) + sum(place.nbytes for place in self.locations.values())
 
 
-def plan_weight_files(checkpoint: Checkpoint, dtype: str, folder: Path) -> list[PlannedFile]:
-    """Lay out the parameters that are not stored as `dtype` yet.
+def plan_files(pieces: Iterable[Piece], folder: Path) -> list[PlannedFile]:
+    """Lay pieces out in files.
 
     Args:
-        checkpoint: Where they come from.
-        dtype: safetensors dtype to store: `F32`, `BF16` or `F16`.
+        pieces: In order.
         folder: Where the files will stand.
 
     Returns:
-        The files in order, none if every parameter is stored as `dtype` already. Tensors keep their Hugging Face
-        names and the checkpoint's order.
+        The files in order; none without pieces.
     """
-    pending = [
-        (name, shape) for name, shape in checkpoint.spec.parameters().items() if checkpoint.tensors[name].dtype != dtype
-    ]
-    groups: list[list[tuple[str, tuple[int, ...]]]] = [[]] if pending else []
-    group_bytes = 0
-    for name, shape in pending:
+    groups: list[list[Piece]] = []
+    group_bytes = MAX_FILE_BYTES
+    for piece in pieces:
         if group_bytes >= MAX_FILE_BYTES:
             groups.append([])
             group_bytes = 0
-        groups[-1].append((name, shape))
-        group_bytes += int(np.prod(shape)) * NUMPY_DTYPES[dtype].itemsize
+        groups[-1].append(piece)
+        group_bytes += sum(place.nbytes for place in write_header(piece.tensors)[1].values())
     files = []
     for index, group in enumerate(groups, 1):
         file_name = f"rank0-{index:05d}-of-{len(groups):05d}.safetensors"
-        header, ranges = write_header([(name, dtype, shape) for name, shape in group], {"format": "pt"})
+        tensors = list(itertools.chain.from_iterable(piece.tensors for piece in group))
+        header, ranges = write_header(tensors, {"format": "pt"})
         places = {
             name: WeightLocation(folder / file_name, ranges[name].offset, ranges[name].nbytes, dtype, shape)
-            for name, shape in group
+            for name, dtype, shape in tensors
         }
-        files.append(PlannedFile(file_name, header, places))
+        files.append(PlannedFile(file_name, header, group, places))
     return files
 
 
 def write_weight_file(
-    checkpoint: Checkpoint, plan: PlannedFile, path: Path, advance: Callable[[int], object] | None = None
+    plan: PlannedFile, path: Path, pool: Executor, advance: Callable[[int], object] | None = None
 ) -> FileEntry:
-    """Convert and write one planned file; it appears under its name when whole.
+    """Make and write one planned file; it appears under its name when whole.
 
     Args:
-        checkpoint: Source of the tensors.
         plan: What to write.
         path: Where; an existing file is replaced.
+        pool: Threads that make the bytes.
         advance: Told the bytes of each block written.
 
     Returns:
@@ -97,7 +128,8 @@ def write_weight_file(
     """
     digest = hashlib.sha256()
     with AtomicFile(path) as file:
-        for block in _blocks(checkpoint, plan):
+        blocks = itertools.chain.from_iterable(piece.blocks(pool) for piece in plan.pieces)
+        for block in itertools.chain([plan.header], blocks):
             digest.update(block)
             file.write(block)
             if advance is not None:
@@ -105,23 +137,55 @@ def write_weight_file(
     return FileEntry(plan.nbytes, digest.hexdigest())
 
 
-def _blocks(checkpoint: Checkpoint, plan: PlannedFile) -> Iterator[bytes]:
-    """The file's bytes: header, then the tensors, converted by way of float32 and rounded to nearest even."""
-    yield plan.header
-    for name, place in plan.locations.items():
-        ref, target = checkpoint.tensors[name], NUMPY_DTYPES[place.dtype]
-        flat = checkpoint.read(name).reshape(-1)
-        for start in range(0, flat.size, _BLOCK_ELEMENTS):
-            block = to_float32(ref, flat[start : start + _BLOCK_ELEMENTS])
-            with np.errstate(over="ignore"):
-                converted = block.astype(target)
-            if target == np.float16 and np.isfinite(block).all() and not np.isfinite(converted).all():
-                raise UsageError(
-                    f"tensor {name} holds {np.abs(block).max():g}, beyond float16",
-                    "values up to 65504",
-                    "build with --precision bf16 or fp32",
-                )
-            yield converted.tobytes()
+def in_order(pool: Executor, tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """Run tasks on a pool and yield their results in order; only a few are under way at a time."""
+    waiting: deque[Future[T]] = deque()
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(task))
+            if len(waiting) >= _NUM_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def row_blocks(shape: tuple[int, ...], block_bytes: int = BLOCK_BYTES) -> list[tuple[int, int]]:
+    """Cut the rows of a tensor into blocks of about `block_bytes` in float32: (first row, row behind the last) each."""
+    row_bytes = 4 * int(np.prod(shape[1:], dtype=np.int64))
+    count = max(1, block_bytes // row_bytes)
+    return [(start, min(start + count, shape[0])) for start in range(0, shape[0], count)]
+
+
+def float_piece(source: RowSource, name: str, dtype: str, stored_name: str | None = None) -> Piece:
+    """A parameter stored as floats, rounded to nearest even by way of float32.
+
+    Args:
+        source: Where it comes from.
+        name: Which one.
+        dtype: safetensors dtype to store: `F32`, `BF16` or `F16`.
+        stored_name: Name in the file; None for the same.
+    """
+    shape, target = source.shape(name), NUMPY_DTYPES[dtype]
+
+    def convert(start: int, stop: int) -> bytes:
+        block = source.rows(name, start, stop)
+        with np.errstate(over="ignore"):
+            converted = block.astype(target)
+        if target == np.float16 and np.isfinite(block).all() and not np.isfinite(converted).all():
+            raise UsageError(
+                f"tensor {name} holds {np.abs(block).max():g}, beyond float16",
+                "values up to 65504",
+                "build with --precision bf16 or fp32",
+            )
+        return converted.tobytes()
+
+    def blocks(pool: Executor) -> Iterator[bytes]:
+        return in_order(pool, ((lambda s=start, e=stop: convert(s, e)) for start, stop in row_blocks(shape)))
+
+    return Piece(((stored_name or name, dtype, shape),), blocks)
 
 
 def copy_file(source: Path, target: Path, advance: Callable[[int], object] | None = None) -> FileEntry:
