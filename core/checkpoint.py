@@ -175,30 +175,6 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def to_float32(ref: TensorRef, array: NDArray[Any]) -> NDArray[np.float32]:
-    """Widen what `Checkpoint.read` returned to float32, exactly.
-
-    Args:
-        ref: The tensor; its dtype says what the bits mean.
-        array: Any part of its data, any shape.
-
-    Returns:
-        f32 of the same shape: a copy for BF16 and F16, `array` itself for F32.
-
-    Raises:
-        CheckpointError: The dtype is none of BF16, F16, F32.
-    """
-    if ref.dtype not in _WEIGHT_DTYPES:
-        raise CheckpointError(
-            f"tensor {show(ref.name)} has dtype {ref.dtype}", ", ".join(_WEIGHT_DTYPES), "choose a weight"
-        )
-    if ref.dtype == "BF16":
-        wide = array.astype(np.uint32)
-        wide <<= np.uint32(16)
-        return wide.view(np.float32)
-    return array.astype(np.float32, copy=False)
-
-
 def _nano_folder() -> Path:
     """The folder of the shipped checkpoint."""
     try:

@@ -10,6 +10,7 @@ QwenRtError                     exit code 1
 ├── TextError                   tokenizer, chat template or detokenizer trouble
 ├── StorageError                no space, no permission, a path that is in the way
 ├── MissingDependencyError      an optional package is not installed
+├── EndpointError               a server that cannot be reached, refuses, or answers nonsense
 └── VerificationError           a comparison ended out of tolerance
 """
 
@@ -19,6 +20,7 @@ __all__ = [
     "BundleError",
     "CapacityError",
     "CheckpointError",
+    "EndpointError",
     "GraphError",
     "MissingDependencyError",
     "QwenRtError",
@@ -101,6 +103,10 @@ class StorageError(QwenRtError):
 
 class MissingDependencyError(QwenRtError):
     """An optional package is not installed."""
+
+
+class EndpointError(QwenRtError):
+    """A server that cannot be reached, refuses, or answers nonsense."""
 
 
 class VerificationError(QwenRtError):

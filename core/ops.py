@@ -28,6 +28,11 @@ Matrices may be quantized, as `qwen_rt.quantization` lays them out: `weight_form
 how; the inputs named `scale`, `zero_point` and `perm` are its parts, and the axis `columns` is K, or K/2 for int4. All
 matrices of a node are alike. Without a format a matrix is bf16 and has no such parts.
 
+The KV cache may be quantized, as the same module lays it out: `kv_format`, a number of `KV_CACHE_FORMATS`, says how.
+Its pools then hold one byte an element, `k_scales` and `v_scales` hold a scale for each token and head, and `k_offset`
+and `v_offset` (absent: zero) are what the projections' biases lack: `R(position) · k_offset` is part of every key, and
+`v_offset` is added to the output. A scale counts as its pool's slot does: unread where no token is, written with it.
+
 An op with a workspace gets device memory behind its tensors: `COUNTER_BYTES` that are zero before the first use and
 that every op leaves zero, then scratch. All ops of a graph that run one after another share one. In a graph it is the
 node's last input, `workspace: uint8[W]`.
@@ -44,6 +49,7 @@ __all__ = [
     "BLOCK_SIZE",
     "COUNTER_BYTES",
     "DOMAIN",
+    "KV_CACHE_FORMATS",
     "MAX_ROWS",
     "OPS",
     "POLYMORPHIC",
@@ -69,10 +75,14 @@ COUNTER_BYTES = 64 * 1024
 WEIGHT_FORMATS: Mapping[str, int] = {"bf16": 0, "fp8": 1, "int8": 2, "int4": 3}
 """Format of a matrix → value of the attribute `weight_format`."""
 
+KV_CACHE_FORMATS: Mapping[str, int] = {"bf16": 0, "fp8": 1, "int8": 2}
+"""Format of a KV cache → value of the attribute `kv_format`."""
+
 POLYMORPHIC: Mapping[str, tuple[str, ...]] = {
     "weight": ("bf16", "f8", "i8", "u8"),
     "scale": ("f32", "f16"),
     "zero": ("i8", "u8"),
+    "cache": ("bf16", "f8", "i8"),
 }
 """Dtype in the table that stands for several → those that a tensor may have."""
 
@@ -197,6 +207,7 @@ def _parts(perm: str | None, **rows: str) -> tuple[OpTensor, ...]:
 _FORMAT = (("weight_format", 0.0),)
 _EPSILON = (("epsilon", None), *_FORMAT)
 _CACHE = ("num_blocks", "kv_heads", "block_size", "head_dim")
+_SCALES = _CACHE[:-1]
 
 OPS: tuple[PluginOp, ...] = (
     PluginOp(
@@ -232,7 +243,7 @@ OPS: tuple[PluginOp, ...] = (
     ),
     PluginOp(
         "rope_kv_append_attention",
-        2,
+        3,
         ("rows", "q_width", "kv_heads", "head_dim", "num_blocks", "block_size", "sequences", "max_blocks"),
         (
             _matrix("qkv", "rows", "q_width + 2 * kv_heads * head_dim"),
@@ -240,15 +251,21 @@ OPS: tuple[PluginOp, ...] = (
             OpTensor("query_starts", "i32", ("sequences + 1",)),
             OpTensor("inv_freq", "f32", ("half_dim",)),
             OpTensor("block_tables", "i32", ("sequences", "max_blocks")),
-            _matrix("k_cache", *_CACHE),
-            _matrix("v_cache", *_CACHE),
+            OpTensor("k_cache", "cache", _CACHE),
+            OpTensor("v_cache", "cache", _CACHE),
+            OpTensor("k_scales", "f32", _SCALES, optional=True),
+            OpTensor("v_scales", "f32", _SCALES, optional=True),
+            OpTensor("k_offset", "f32", ("kv_heads", "head_dim"), optional=True),
+            OpTensor("v_offset", "f32", ("kv_heads", "head_dim"), optional=True),
         ),
         (
             _matrix("out", "rows", "q_width"),
-            OpTensor("present_k", "bf16", _CACHE, alias="k_cache"),
-            OpTensor("present_v", "bf16", _CACHE, alias="v_cache"),
+            OpTensor("present_k", "cache", _CACHE, alias="k_cache"),
+            OpTensor("present_v", "cache", _CACHE, alias="v_cache"),
+            OpTensor("present_k_scales", "f32", _SCALES, optional=True, alias="k_scales"),
+            OpTensor("present_v_scales", "f32", _SCALES, optional=True, alias="v_scales"),
         ),
-        (("scale", None), ("rope_scaling", 1.0), ("max_length", 0.0)),
+        (("scale", None), ("rope_scaling", 1.0), ("max_length", 0.0), ("kv_format", 0.0)),
         has_workspace=True,
     ),
     PluginOp(

@@ -38,6 +38,7 @@ from qwen_rt.errors import CheckpointError, UsageError
 __all__ = [
     "DEFAULT_SCHEMES",
     "FORMATS",
+    "GROUP_SIZES",
     "KV_FORMATS",
     "KV_LARGEST",
     "QuantizedTensor",
@@ -64,7 +65,9 @@ KV_LARGEST: Mapping[str, float] = {"fp8": 448.0, "int8": 127.0}
 """The magnitude that the largest element of a head vector is stored as."""
 
 MAX_FP8 = 448.0
-_GROUP_SIZES = (16, 32, 64, 128, 256)
+GROUP_SIZES = (16, 32, 64, 128, 256)
+"""Columns that may share a scale."""
+
 _ZERO_INT4 = 8
 
 _VALUE_DTYPES = {"fp8": "F8_E4M3", "int8": "I8", "int4": "U8"}
@@ -186,10 +189,10 @@ def check_scheme(name: str, shape: tuple[int, ...], scheme: Scheme) -> None:
     if scheme.format not in FORMATS:
         raise UsageError(f"format={scheme.format}", f"one of {', '.join(FORMATS)}")
     columns = shape[-1]
-    if scheme.group_size and scheme.group_size not in _GROUP_SIZES:
-        raise UsageError(f"group_size={scheme.group_size}", f"0 (a whole row) or one of {_GROUP_SIZES}")
+    if scheme.group_size and scheme.group_size not in GROUP_SIZES:
+        raise UsageError(f"group_size={scheme.group_size}", f"0 (a whole row) or one of {GROUP_SIZES}")
     if scheme.group_size and columns % scheme.group_size:
-        fits = [size for size in _GROUP_SIZES if columns % size == 0]
+        fits = [size for size in GROUP_SIZES if columns % size == 0]
         wanted = f"one of {', '.join(map(str, fits))}" if fits else "a whole row (0)"
         raise UsageError(
             f"group_size={scheme.group_size} does not divide the {columns} columns of {name}",

@@ -1,17 +1,17 @@
 """Rows of stored matrices as float32, read when asked for: neither a file nor a matrix is ever held whole.
 
-    reader = StoredRows(checkpoint.tensors)
-    reader.rows("model.layers.0.mlp.up_proj.weight", 0, 128)          # float32 [128, K]
-
-Files are read with `pread`, not mapped: mapped pages would count as this process's memory until the kernel takes
-them back, and a 145 GB checkpoint is read from end to end.
+reader = StoredRows(checkpoint.tensors)
+reader.rows("model.layers.0.mlp.up_proj.weight", 0, 128)          # float32 [128, K]
+CheckpointRows(checkpoint).rows(...)                              # the same, of any checkpoint
 """
 
 from __future__ import annotations
 
 import os
 import threading
+from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -19,24 +19,16 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen_rt.checkpoint import to_float32
+from qwen_rt.checkpoint import Checkpoint, to_float32
 from qwen_rt.errors import CheckpointError
 from qwen_rt.quantization import QuantizedTensor, Scheme, dequantize, part_name
 from qwen_rt.safetensors_header import BYTES_OF_DTYPE, TensorRef, read_errors
 from qwen_rt.strict_json import show
+from qwen_rt.tensor_data import STORED_AS, read_bytes
 
-__all__ = ["RowSource", "StoredRows", "read_bytes"]
+__all__ = ["CheckpointRows", "RowSource", "StoredRows", "read_bytes"]
 
-_STORED_AS = {
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-    "F8_E4M3": np.dtype("u1"),
-    "I8": np.dtype("i1"),
-    "U8": np.dtype("u1"),
-    "I32": np.dtype("<i4"),
-}
-"""safetensors dtype → what a numpy array of its bytes holds; numpy has neither bfloat16 nor float8."""
+_MAX_CACHED_MATRICES = 3  # of 72B one takes up to 250 MB
 
 
 class RowSource(Protocol):
@@ -118,13 +110,13 @@ class StoredRows:
         )
 
     def stored_rows(self, ref: TensorRef, start: int, stop: int) -> NDArray[Any]:
-        """Rows of any stored tensor, in `_STORED_AS` of its dtype."""
+        """Rows of any stored tensor, in `STORED_AS` of its dtype."""
         row_shape = ref.shape[1:]
         row_bytes = BYTES_OF_DTYPE[ref.dtype] * int(np.prod(row_shape, dtype=np.int64))
         stop = min(stop, ref.shape[0])
         data = np.empty((stop - start) * row_bytes, np.uint8)
         read_bytes(self._descriptor(ref.path), data, ref.offset + start * row_bytes, ref)
-        return data.view(_STORED_AS[ref.dtype]).reshape(stop - start, *row_shape)
+        return data.view(STORED_AS[ref.dtype]).reshape(stop - start, *row_shape)
 
     def _ref(self, name: str) -> TensorRef:
         if name not in self._tensors:
@@ -139,21 +131,67 @@ class StoredRows:
             return self._files[path]
 
 
-def read_bytes(descriptor: int, target: NDArray[np.uint8], offset: int, ref: TensorRef) -> None:
-    """Fill `target` from byte `offset` of an open file.
+class CheckpointRows:
+    """Parameters of any checkpoint: floats as they are stored, quantized matrices dequantized.
 
-    Raises:
-        CheckpointError: The file ends before that.
-        StorageError: The operating system refuses.
+    The layout of a quantized matrix cannot be read by rows; the last few that were asked for stay in memory, as they
+    were loaded. Threads may share a reader: they load different matrices side by side, and one matrix once.
     """
-    memory = memoryview(target)
-    while memory:
-        with read_errors(ref.path):
-            count = os.preadv(descriptor, [memory], offset)
-        if not count:
-            raise CheckpointError(
-                f"{ref.path} ends at byte {offset}, within tensor {show(ref.name)}",
-                "a file at rest",
-                "download it again",
-            )
-        memory, offset = memory[count:], offset + count
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._stored, self._quantized = StoredRows(checkpoint.tensors), checkpoint.quantized
+        self._cache: OrderedDict[str, _Slot] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files and forget the matrices; another read opens them again."""
+        self._stored.close()
+        with self._lock:
+            self._cache.clear()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `RowSource`."""
+        return self._quantized[name].shape if name in self._quantized else self._stored.shape(name)
+
+    def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        """See `RowSource`.
+
+        Raises:
+            CheckpointError: As `StoredRows.rows`; for a quantized matrix also as `ForeignMatrix.load`.
+            StorageError: A file cannot be read.
+        """
+        if name in self._quantized:
+            return dequantize(self.quantized(name).rows(start, stop))
+        return self._stored.rows(name, start, stop)
+
+    def quantized(self, name: str) -> QuantizedTensor:
+        """A whole quantized matrix of `Checkpoint.quantized`, from the cache if it is there.
+
+        Raises:
+            CheckpointError, StorageError: As `ForeignMatrix.load`.
+        """
+        with self._lock:
+            slot = self._cache.setdefault(name, _Slot())
+            self._cache.move_to_end(name)
+            while len(self._cache) > _MAX_CACHED_MATRICES:
+                self._cache.popitem(last=False)
+        with slot.lock:
+            if slot.tensor is None:
+                slot.tensor = self._quantized[name].load()
+            return slot.tensor
+
+
+@dataclass(eq=False)
+class _Slot:
+    """One matrix of the cache; whoever has its lock loads it."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    tensor: QuantizedTensor | None = None

@@ -38,6 +38,14 @@ sequences behind each other, without padding:
 | `past_key_values.{i}.value`| bfloat16  | [blocks, Hkv, 64, D]|                                                      |
 | `logits`                   | float32   | [B, V]              |                                                      |
 | `present.{i}.key`/`.value` | bfloat16  | as past             | the same memory as the past tensors                  |
+
+With a quantized KV cache the pools are float8e4m3fn or int8, and each has scales, one for every token and head:
+
+| tensor                           | dtype   | shape             | meaning                                          |
+|----------------------------------|---------|-------------------|--------------------------------------------------|
+| `past_key_values.{i}.key_scale`  | float32 | [blocks, Hkv, 64] | what the stored numbers of a key are to be       |
+| `past_key_values.{i}.value_scale`| float32 | [blocks, Hkv, 64] | multiplied by (`qwen_rt.quantization`)           |
+| `present.{i}.key_scale`, …       | float32 | as past           | the same memory as the past tensors              |
 """
 
 from __future__ import annotations
@@ -53,9 +61,13 @@ __all__ = [
     "WORKSPACE",
     "WRITE_INDICES",
     "past_key",
+    "past_key_scale",
     "past_value",
+    "past_value_scale",
     "present_key",
+    "present_key_scale",
     "present_value",
+    "present_value_scale",
 ]
 
 INPUT_IDS = "input_ids"
@@ -87,3 +99,23 @@ def present_key(layer: int) -> str:
 def present_value(layer: int) -> str:
     """Name of the value cache that layer `layer` has written: aliases `past_value(layer)`."""
     return f"present.{layer}.value"
+
+
+def past_key_scale(layer: int) -> str:
+    """Name of the scales of a quantized key cache: float32 [blocks, Hkv, 64]."""
+    return f"{past_key(layer)}_scale"
+
+
+def past_value_scale(layer: int) -> str:
+    """Name of the scales of a quantized value cache: float32 [blocks, Hkv, 64]."""
+    return f"{past_value(layer)}_scale"
+
+
+def present_key_scale(layer: int) -> str:
+    """Name of the key scales that layer `layer` has written: aliases `past_key_scale(layer)`."""
+    return f"{present_key(layer)}_scale"
+
+
+def present_value_scale(layer: int) -> str:
+    """Name of the value scales that layer `layer` has written: aliases `past_value_scale(layer)`."""
+    return f"{present_value(layer)}_scale"

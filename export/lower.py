@@ -9,14 +9,12 @@ import onnx_ir as ir
 from qwen_rt.checkpoint import Checkpoint
 from qwen_rt.export.passes.lower_cpu import lower_cpu
 from qwen_rt.export.passes.lower_cuda import check_cuda_shapes, lower_cuda
-from qwen_rt.export.portable import WeightLocation, checkpoint_locations, portable_graph
+from qwen_rt.export.portable import QuantizedLocation, WeightLocation, checkpoint_locations, portable_graph
 
 __all__ = ["COMPUTE_DTYPES", "cuda_graph_bytes", "graph_bytes", "lowered_graph"]
 
 COMPUTE_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 """Target → dtype of its activations and its KV cache."""
-
-_LOWERINGS = {"cpu": lower_cpu, "cuda": lower_cuda}
 
 
 def lowered_graph(
@@ -25,6 +23,8 @@ def lowered_graph(
     max_length: int,
     locations: Mapping[str, WeightLocation],
     exported: ir.Model | None = None,
+    quantized: Mapping[str, QuantizedLocation] | None = None,
+    activations: str = "float32",
 ) -> ir.Model:
     """Make the graph of a target.
 
@@ -34,6 +34,8 @@ def lowered_graph(
         max_length: Positions that the graph can reach.
         locations: Where each parameter's bytes lie, in the dtype in which the target wants them stored.
         exported: A portable graph of this model, to be taken instead of tracing one; changed in place.
+        quantized: Where the parts of each quantized matrix lie; `lm_head.weight` of a tied model may be among them.
+        activations: Target cpu: `float32`, or `int8` to round what int8 and int4 matrices are multiplied by.
 
     Returns:
         A graph with the inputs and outputs of that target in `qwen_rt.tensors`. It is lowered from a float32 graph,
@@ -42,8 +44,11 @@ def lowered_graph(
     Raises:
         GraphError: `exported` is not the portable graph of this model.
     """
-    model = portable_graph(checkpoint, "float32", locations, exported)
-    return _LOWERINGS[target](model, checkpoint.spec, max_length)
+    quantized = quantized or {}
+    model = portable_graph(checkpoint, "float32", locations, exported, quantized)
+    if target == "cuda":
+        return lower_cuda(model, checkpoint.spec, max_length, quantized)
+    return lower_cpu(model, checkpoint.spec, max_length, quantized, activations)
 
 
 def graph_bytes(model: ir.Model) -> bytes:

@@ -190,6 +190,7 @@ def attention(
     write_indices: ArrayLike,
     scale: float,
     rounding: Callable[[F64], F64] | None = None,
+    value_scales: ArrayLike | None = None,
 ) -> F64:
     """Attend causally over a cache: token s of row b sees cache rows 0 to `write_indices[b] + s`, and no other.
 
@@ -205,6 +206,8 @@ def attention(
         scale: D**-0.5.
         rounding: Applied to `exp(score - largest score)` before the product with the values, as a kernel rounds what
             its matrix unit takes; their sum, by which the product is divided, is not rounded.
+        value_scales: [B, Hkv, Tmax], what each row of `values` is to be multiplied by; taken into the exponentials, as
+            a kernel does, before these are rounded.
 
     Returns:
         f64[B, H, S, D].
@@ -214,6 +217,7 @@ def attention(
     q, k, v = _f64(query), _f64(keys), _f64(values)
     heads, num_tokens = q.shape[1:3]
     group = heads // k.shape[1]
+    scales = np.ones(v.shape[:3]) if value_scales is None else _f64(value_scales)
     out = np.empty_like(q)
     for row, start in enumerate(np.asarray(write_indices, np.int64)):
         for token in range(num_tokens):
@@ -221,7 +225,8 @@ def attention(
             for head in range(heads):
                 scores = scale * (k[row, head // group, :visible] @ q[row, head, token])  # [T]
                 weights = np.exp(scores - scores.max())
-                taken = weights if rounding is None else rounding(weights)
+                scaled = weights * scales[row, head // group, :visible]
+                taken = scaled if rounding is None else rounding(scaled)
                 out[row, head, token] = taken @ v[row, head // group, :visible] / weights.sum()
     return out
 

@@ -11,7 +11,9 @@ at its outputs; sums stay float64. So a chain of ops shows what the kernels' rou
 | `embed`                    | nothing                                                            | bf16         |
 | `rmsnorm_qkv`              | hidden ∘ norm_weight, 1 / rms being applied to the sums; with more | bf16         |
 |                            | than 64 rows the whole norm                                        |              |
-| `rope_kv_append_attention` | turned q and k; exp(score - largest) before the product with v     | bf16         |
+| `rope_kv_append_attention` | turned q and k; exp(score - largest) before the product with v. In | bf16         |
+|                            | a quantized cache k is not rounded before it is quantized, and     |              |
+|                            | the exponential takes the scale of v in before it is rounded       |              |
 | `o_proj_residual`          | nothing                                                            | bf16         |
 | `rmsnorm_gate_up_silu`     | as `rmsnorm_qkv`; with more than 64 rows gate and up too           | bf16         |
 | `down_residual`            | nothing                                                            | bf16         |
@@ -55,15 +57,19 @@ F64 = NDArray[np.float64]
 
 _NUMPY_DTYPES: Mapping[str, Any] = {
     "bf16": ml_dtypes.bfloat16,
+    "cache": ml_dtypes.bfloat16,
     "f32": np.float32,
     "i32": np.int32,
     "i64": np.int64,
 }
 
 
-def round_outputs(op: PluginOp, outputs: tuple[F64, ...]) -> tuple[NDArray[Any], ...]:
-    """Round outputs to the dtypes that the table gives them."""
-    return tuple(array.astype(_NUMPY_DTYPES[tensor.dtype]) for array, tensor in zip(outputs, op.outputs, strict=True))
+def round_outputs(op: PluginOp, outputs: tuple[NDArray[Any], ...]) -> tuple[NDArray[Any], ...]:
+    """Round outputs to the dtypes that the table gives them; a quantized cache is what it is, an exact one bfloat16."""
+    return tuple(
+        array.astype(_NUMPY_DTYPES[tensor.dtype]) if array.dtype == np.float64 else array
+        for array, tensor in zip(outputs, op.outputs, strict=False)
+    )
 
 
 def _normed_linear(
@@ -332,7 +338,7 @@ def lm_head(
     return _normed_linear(rows, norm_weight, [weights], epsilon, bf16)[0]
 
 
-REFERENCES: Mapping[str, Callable[..., F64 | tuple[F64, ...]]] = {
+REFERENCES: Mapping[str, Callable[..., F64 | tuple[NDArray[Any], ...]]] = {
     "embed": embed,
     "rmsnorm_qkv": rmsnorm_qkv,
     "rope_kv_append_attention": rope_kv_append_attention,
@@ -352,7 +358,7 @@ def reference_evaluator_ops(bf16: bool = False) -> list[type[OpRun]]:
 
     Args:
         bf16: Round as the kernels do; outputs then have the dtypes of the table. Else everything is float64, caches
-            too, and the evaluator takes float64 caches.
+            too, and the evaluator takes float64 caches. Quantized caches and their scales are the same in both.
 
     Returns:
         A class for each op of the table that has a reference here. Their workspace is not looked at.

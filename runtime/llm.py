@@ -147,10 +147,25 @@ class LLM:
                 its `max_tokens` are more than the KV cache holds.
             UsageError: A setting cannot be used, or the model is closed.
         """
+        outputs = dict(self.generate_each(prompts, params, **overrides))
+        return [outputs[index] for index in range(len(outputs))]
+
+    def generate_each(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **overrides: Any,
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """Continue prompts as `generate` does; yields each prompt's number and output as soon as it has ended.
+
+        Args:
+            prompts: As in `generate`.
+            params: As in `generate`.
+            **overrides: As in `generate`.
+        """
         requests = self._requests(self._as_prompts(prompts), params, overrides)
-        for _ in self._running().run(requests):
-            pass
-        return [request.output() for request in requests]
+        chunks = self._running().run(requests)
+        return ((c.index, requests[c.index].output()) for c in chunks if c.finish_reason is not None)
 
     def stream(
         self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None, **overrides: Any

@@ -12,6 +12,8 @@ CHAT_TEMPLATE = (
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_BARE_BOX = re.compile(r"\\boxed\s+([^\s\\{}$.,;]+)")
 ANSWER_HEADER = f"{IM_START}assistant\n"
 
 
@@ -25,7 +27,27 @@ def instruct_prompt(question: str) -> str:
     return chat_prompt(f"{question}\n{INSTRUCTION}")
 
 
+def boxed_content(text: str) -> str | None:
+    r"""Return the content of the last closed ``\boxed{...}`` (or ``\fbox{...}``), of nested ones the inner; else None.
+
+    Braces inside may nest, escaped ones (``\{``) do not count. Where no box has braces, ``\boxed 5`` gives ``5``, as
+    TeX reads it. One pass over the text, however many boxes were opened and never closed.
+    """
+    found, last = None, -1
+    opened: list[tuple[int, bool]] = []  # where the content begins, and whether it is a box
+    for token in _BRACE.finditer(text):
+        if token[0] == "}":
+            start, is_box = opened.pop() if opened else (0, False)
+            if is_box and start > last:
+                found, last = text[start : token.start()], start
+        elif token[0].endswith("{") and token[0] != r"\{":
+            opened.append((token.end(), len(token[0]) > 1))
+    if found is None and (bare := _BARE_BOX.findall(text)):
+        return str(bare[-1])
+    return found
+
+
 def boxed_answer(text: str) -> str | None:
     r"""Return the content of the last ``\boxed{...}`` without white space, or None if there is none."""
-    found = re.findall(r"\\boxed\{([^{}]*)\}", text)
-    return "".join(found[-1].split()) if found else None
+    found = boxed_content(text)
+    return None if found is None else "".join(found.split())

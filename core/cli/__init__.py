@@ -21,7 +21,7 @@ from qwen_rt.errors import MissingDependencyError, QwenRtError, StorageError, Us
 
 __all__ = ["main"]
 
-COMMANDS = ("demo", "doctor", "export", "build", "generate", "chat", "verify", "inspect", "bench")
+COMMANDS = ("demo", "doctor", "export", "build", "generate", "chat", "verify", "eval", "inspect", "bench")
 
 _EXTRAS = {
     "torch": "export",
@@ -31,6 +31,7 @@ _EXTRAS = {
     "transformers": "bench",
     "safetensors": "bench",
     "matplotlib": "bench",
+    "math_verify": "eval",
 }
 _REQUIRED = ("jinja2", "numpy", "onnx", "onnxruntime", "tokenizers", "tqdm")
 
@@ -116,12 +117,13 @@ def _on_terminal() -> bool:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse; a PROMPT may also stand behind the options, where argparse does not look for an optional positional."""
+    """Parse; an optional positional may also stand behind the options, where argparse does not look for it."""
     parser = _parser()
     args, rest = parser.parse_known_args(arguments)
     escaped = rest[:1] == ["--"]
-    if len(rest) == 1 + escaped and (escaped or not rest[0].startswith("-")) and getattr(args, "prompt", "") is None:
-        args.prompt = rest[-1]
+    missing = next((name for name in ("prompt", "bundle") if getattr(args, name, "") is None), None)
+    if len(rest) == 1 + escaped and (escaped or not rest[0].startswith("-")) and missing is not None:
+        setattr(args, missing, rest[-1])
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args

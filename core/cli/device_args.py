@@ -9,8 +9,8 @@ from typing import Any
 __all__ = ["add_device_arguments", "loading_options"]
 
 
-def add_device_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of loading; which of them apply depends on the bundle's target."""
+def add_device_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Declare the options of loading; which of them apply depends on the bundle's target. Returns their group."""
     group = parser.add_argument_group("loading")
     group.add_argument("--threads", type=int, default=0, metavar="N", help="target cpu: threads (default: all cores)")
     group.add_argument("--device", type=int, default=0, metavar="N", help="target cuda: which GPU (default: 0)")
@@ -21,6 +21,7 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
         "free); a request that does not fit waits, or is refused if it never can",
     )
     group.add_argument("--checkpoint", metavar="FOLDER", help="where the weights are, if they have moved")
+    return group
 
 
 def loading_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from qwen_rt.spec import ModelSpec
 
 __all__ = ["match_decoder"]
 
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def match_decoder(model: ir.Model, spec: ModelSpec) -> dict[str, ir.Value]:
@@ -59,7 +59,7 @@ class _DecoderMatcher(GraphMatcher):
 
     def _head(self, logits: ir.Value) -> ir.Value:
         """Hidden ── GatherND(logits_indices) ── RMSNormalization ── product ── [Cast] ── logits."""
-        head = EMBEDDING if self.spec.tie_word_embeddings else "lm_head.weight"
+        head = EMBEDDING if self.spec.tie_word_embeddings else HEAD
         normed = self._linear(self.skip_cast(logits), head)
         chosen = self._norm(normed, "model.norm.weight")
         gather = self.node(chosen, "GatherND", 2, {"batch_dims": 1})

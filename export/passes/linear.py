@@ -47,33 +47,63 @@ def _is_bias(value: ir.Value) -> bool:
 
 
 def pack_qkv(model: ir.Model) -> ir.Model:
-    """One Gemm for q, k and v: weights and biases are concatenated by nodes that the runtime folds at load.
+    """One product for q, k and v: weights and biases are concatenated by nodes that the runtime folds at load.
 
         x ─ Gemm(Concat(Wq, Wk, Wv), Concat(bq, bk, bv)) ─ Reshape ─ GroupQueryAttention(packed)
+
+    MatMulNBits likewise, with its scales and zero points. Left as they are: projections without biases, and those that
+    read different inputs (permuted ones).
 
     Args:
         model: A graph after `fuse_linear`; changed in place.
     """
     for attention in nodes_of_type(model, "GroupQueryAttention"):
         reshapes = [value.producer() for value in attention.inputs[:3] if value is not None]
-        gemms = [r.inputs[0].producer() for r in reshapes if r is not None and r.inputs[0] is not None]
-        if len(gemms) != 3 or any(g is None or g.op_type != "Gemm" or len(g.inputs) != 3 for g in gemms):
+        found = [r.inputs[0].producer() for r in reshapes if r is not None and r.inputs[0] is not None]
+        products = [node for node in found if node is not None and node.op_type in ("Gemm", "MatMulNBits")]
+        first, last = (products[0] if products else None), reshapes[0] if reshapes else None
+        if first is None or last is None or len(products) != 3 or not _can_pack(products):
             continue
-        first = gemms[0]
-        assert first is not None
         scope = str(attention.name).rsplit("/", 1)[0]
-        last = reshapes[0]
-        assert last is not None
-        weights, biases = ([g.inputs[i] for g in gemms if g is not None] for i in (1, 2))
-        weight = insert(last, "Concat", weights, f"{scope}/qkv_proj/weight", {"axis": 0}).outputs[0]
-        bias = insert(last, "Concat", biases, f"{scope}/qkv_proj/bias", {"axis": 0}).outputs[0]
-        packed = insert(last, "Gemm", [first.inputs[0], weight, bias], f"{scope}/qkv_proj/Gemm", {"transB": 1})
+        names = _PACKED_INPUTS[first.op_type]
+        inputs = [first.inputs[0]]
+        for index, value in enumerate(first.inputs[1:], 1):
+            if value is None:
+                inputs.append(None)
+                continue
+            joined = [node.inputs[index] for node in products]
+            inputs.append(insert(last, "Concat", joined, f"{scope}/qkv_proj/{names[index]}", {"axis": 0}).outputs[0])
+        attributes = {key: attribute.value for key, attribute in first.attributes.items()}
+        if "N" in attributes:
+            attributes["N"] = sum(node.attributes["N"].as_int() for node in products)
+        name = f"{scope}/qkv_proj/{first.op_type}"
+        packed = insert(last, first.op_type, inputs, name, attributes, domain=first.domain)
         split = insert(attention, "Reshape", [packed.outputs[0], last.inputs[1]], f"{scope}/qkv_batched")
         attention.replace_input_with(0, split.outputs[0])
         attention.replace_input_with(1, None)
         attention.replace_input_with(2, None)
     _sort(model)
     return prune(model)
+
+
+_PACKED_INPUTS = {
+    "Gemm": ("", "weight", "bias"),
+    "MatMulNBits": ("", "weight", "scale", "zero_point", "", "bias"),
+}
+
+
+def _can_pack(products: list[ir.Node]) -> bool:
+    """Whether three products read one input, are of one kind, and have biases."""
+    first = products[0]
+    with_bias = len(first.inputs) == len(_PACKED_INPUTS[first.op_type])
+    alike = all(
+        node.op_type == first.op_type
+        and node.inputs[0] is first.inputs[0]
+        and [value is None for value in node.inputs] == [value is None for value in first.inputs]
+        and all(node.attributes[key].value == first.attributes[key].value for key in first.attributes if key != "N")
+        for node in products
+    )
+    return with_bias and alike
 
 
 def _sort(model: ir.Model) -> None:

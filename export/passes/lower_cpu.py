@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 
 from qwen_rt.export.passes.activation import fuse_silu
@@ -10,18 +12,28 @@ from qwen_rt.export.passes.compute_dtype import set_compute_dtype
 from qwen_rt.export.passes.flatten import flatten_tokens
 from qwen_rt.export.passes.linear import fuse_linear, pack_qkv
 from qwen_rt.export.passes.norm import fuse_norm
+from qwen_rt.export.passes.quantized_linear import quantize_linear
+from qwen_rt.export.portable import QuantizedLocation
 from qwen_rt.spec import ModelSpec
 
 __all__ = ["lower_cpu"]
 
 
-def lower_cpu(model: ir.Model, spec: ModelSpec, max_length: int) -> ir.Model:
+def lower_cpu(
+    model: ir.Model,
+    spec: ModelSpec,
+    max_length: int,
+    quantized: Mapping[str, QuantizedLocation] | None = None,
+    activations: str = "float32",
+) -> ir.Model:
     """Lower a portable graph for the CPU: float32 compute (ONNX Runtime has no bf16 product there), 12 nodes a layer.
 
     Args:
         model: A portable graph of any dtype; changed in place.
         spec: The model's hyperparameters.
         max_length: Positions that the bundle can reach.
+        quantized: Matrices that are stored quantized, and where; they have no data in `model`.
+        activations: `float32`, or `int8` to round what int8 and int4 matrices are multiplied by.
 
     Returns:
         The same object, with the inputs and outputs of `qwen_rt.tensors`; past and present must be bound to the same
@@ -32,6 +44,8 @@ def lower_cpu(model: ir.Model, spec: ModelSpec, max_length: int) -> ir.Model:
     fuse_group_query_attention(model, spec, max_length)
     flatten_tokens(model)
     fuse_linear(model)
+    if quantized:
+        quantize_linear(model, quantized, activations)
     pack_qkv(model)
     fuse_norm(model)
     return fuse_silu(model)

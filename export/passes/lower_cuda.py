@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from qwen_rt import tensors
 from qwen_rt.errors import GraphError, UnsupportedModelError
-from qwen_rt.export.passes.decoder import EMBEDDING, match_decoder
+from qwen_rt.export.passes.decoder import EMBEDDING, HEAD, match_decoder
 from qwen_rt.export.passes.plugin_node import OPSET_VERSION, plugin_node
-from qwen_rt.ops import BLOCK_SIZE, DOMAIN
+from qwen_rt.export.portable import QuantizedLocation, external_value
+from qwen_rt.ops import BLOCK_SIZE, DOMAIN, WEIGHT_FORMATS
+from qwen_rt.quantization import Scheme, part_name
 from qwen_rt.spec import ModelSpec
 
 __all__ = ["LAST_O_PROJ", "LAYER_OPS", "check_cuda_shapes", "lower_cuda"]
@@ -54,7 +57,9 @@ def check_cuda_shapes(spec: ModelSpec) -> None:
             raise UnsupportedModelError(f"{name}={width} for target cuda", f"a multiple of {_COLUMNS}", fix)
 
 
-def lower_cuda(model: ir.Model, spec: ModelSpec, max_length: int) -> ir.Model:
+def lower_cuda(
+    model: ir.Model, spec: ModelSpec, max_length: int, quantized: Mapping[str, QuantizedLocation] | None = None
+) -> ir.Model:
     """Lower a portable graph to the ops of `qwen_rt.ops`, computing in bfloat16.
 
         input_ids ─ embed ─ L × ( rmsnorm_qkv ─ rope_kv_append_attention ─ o_proj_residual ─
@@ -69,6 +74,7 @@ def lower_cuda(model: ir.Model, spec: ModelSpec, max_length: int) -> ir.Model:
         model: A portable graph in any compute dtype, its weights stored as bfloat16; not changed.
         spec: The model's hyperparameters.
         max_length: Positions that the bundle can reach, at least 1.
+        quantized: Matrices that are stored quantized, and where; they need no data in `model`.
 
     Returns:
         A new model with the inputs and outputs of target `cuda` in `qwen_rt.tensors`. Weights are the initializers of
@@ -77,8 +83,10 @@ def lower_cuda(model: ir.Model, spec: ModelSpec, max_length: int) -> ir.Model:
     Raises:
         GraphError: The graph is not the portable graph of this model, or a weight is not bfloat16.
     """
-    weights = {name: _weight(name, value) for name, value in match_decoder(model, spec).items()}
-    lowered = _Emitter(spec, max_length, weights).run()
+    places = dict(quantized or {})
+    matched = match_decoder(model, spec)
+    weights = {name: _weight(name, value) for name, value in matched.items() if name not in places}
+    lowered = _Emitter(spec, max_length, weights, {name: Matrix.of(name, at) for name, at in places.items()}).run()
     _check_ops(lowered, spec.num_layers)
     return lowered
 
@@ -90,6 +98,19 @@ def _weight(name: str, value: ir.Value) -> ir.Value:
     return ir.Value(name=name, type=value.type, shape=value.shape, const_value=value.const_value)
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """A quantized matrix in the new graph: its scheme, and an initializer for each part."""
+
+    scheme: Scheme
+    parts: Mapping[str, ir.Value]
+
+    @classmethod
+    def of(cls, name: str, place: QuantizedLocation) -> Matrix:
+        """The initializers on the bytes of a stored matrix."""
+        return cls(place.scheme, {part: external_value(part_name(name, part), at) for part, at in place.parts.items()})
+
+
 def _graph_input(name: str, dtype: ir.DataType, *shape: int | str) -> ir.Value:
     return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
 
@@ -97,8 +118,10 @@ def _graph_input(name: str, dtype: ir.DataType, *shape: int | str) -> ir.Value:
 class _Emitter:
     """Writes the lowered graph."""
 
-    def __init__(self, spec: ModelSpec, max_length: int, weights: Mapping[str, ir.Value]) -> None:
-        self.spec, self.max_length, self.weights = spec, max_length, weights
+    def __init__(
+        self, spec: ModelSpec, max_length: int, weights: Mapping[str, ir.Value], quantized: Mapping[str, Matrix]
+    ) -> None:
+        self.spec, self.max_length, self.weights, self.quantized = spec, max_length, weights, quantized
         self.nodes: list[ir.Node] = []
         self.cache_shape = ("blocks", spec.num_kv_heads, BLOCK_SIZE, spec.head_dim)
         i32, i64, bf16 = ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BFLOAT16
@@ -126,29 +149,31 @@ class _Emitter:
 
     def run(self) -> ir.Model:
         spec = self.spec
-        ids, table = self.inputs[tensors.INPUT_IDS], self.weights[EMBEDDING]
-        (hidden,) = self._add("embed", "/model/embed_tokens", {"ids": ids, "table": table}, [("R", spec.hidden_size)])
+        table, form = self._matrices({"": EMBEDDING}, "table")
+        ids = {"ids": self.inputs[tensors.INPUT_IDS]}
+        (hidden,) = self._add("embed", "/model/embed_tokens", ids | table, [("R", spec.hidden_size)], form)
         presents: list[ir.Value] = []
         for layer in range(spec.num_layers):
             hidden = self._layer(hidden, layer, presents)
-        head = table if spec.tie_word_embeddings else self.weights["lm_head.weight"]
+        is_tied = spec.tie_word_embeddings and HEAD not in self.quantized
+        head, form = self._matrices({"": EMBEDDING if is_tied else HEAD})
         (logits,) = self._add(
             "lm_head",
             "/lm_head",
-            {
-                "hidden": hidden,
-                "norm_weight": self.weights["model.norm.weight"],
-                "weight": head,
-            },
+            {"hidden": hidden, "norm_weight": self.weights["model.norm.weight"], **head},
             [("B", spec.vocab_size)],
-            {"epsilon": spec.rms_norm_eps},
+            {"epsilon": spec.rms_norm_eps, **form},
         )
         logits.name = tensors.LOGITS
         graph = ir.Graph(
             list(self.inputs.values()),
             [logits, *presents],
             nodes=self.nodes,
-            initializers=[*self.weights.values(), self.inv_freq],
+            initializers=[
+                *self.weights.values(),
+                *(part for matrix in self.quantized.values() for part in matrix.parts.values()),
+                self.inv_freq,
+            ],
             opset_imports={"": 24, DOMAIN: OPSET_VERSION},
             name="qwen2",
         )
@@ -161,18 +186,16 @@ class _Emitter:
         q_width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         epsilon = {"epsilon": spec.rms_norm_eps}
 
-        projections = {
-            f"{letter}_{kind}": weights[f"{name}.self_attn.{letter}_proj.{kind}"]
-            for kind in (("weight", "bias") if spec.qkv_bias else ("weight",))
-            for letter in "qkv"
-        }
+        projections, form = self._matrices({f"{letter}_": f"{name}.self_attn.{letter}_proj.weight" for letter in "qkv"})
+        if spec.qkv_bias:
+            projections |= {f"{letter}_bias": weights[f"{name}.self_attn.{letter}_proj.bias"] for letter in "qkv"}
         norm = weights[f"{name}.input_layernorm.weight"]
         (qkv,) = self._add(
             "rmsnorm_qkv",
             f"{path}/self_attn",
             {"hidden": hidden, "norm_weight": norm, **projections},
             [("R", q_width + 2 * kv_width)],
-            epsilon,
+            epsilon | form,
         )
         attended, *written = self._add(
             "rope_kv_append_attention",
@@ -196,26 +219,50 @@ class _Emitter:
         for value, present in zip(written, (tensors.present_key, tensors.present_value), strict=True):
             value.name = present(layer)
             presents.append(value)
-        o_proj = weights[f"{name}.self_attn.o_proj.weight"]
-        attention = {"attention": attended, "weight": o_proj, "residual": hidden}
+        o_proj, form = self._matrices({"": f"{name}.self_attn.o_proj.weight"})
+        attention = {"attention": attended, "residual": hidden, **o_proj}
         is_last = layer == spec.num_layers - 1
         rows = "B" if is_last else "R"
         if is_last:
             attention["indices"] = self.inputs[tensors.LOGITS_INDICES]
         stream = [(rows, spec.hidden_size)]
         op_name = LAST_O_PROJ if is_last else "o_proj_residual"
-        (hidden,) = self._add(op_name, f"{path}/self_attn", attention, stream)
-        mlp = {
-            "hidden": hidden,
-            "norm_weight": weights[f"{name}.post_attention_layernorm.weight"],
-            "gate_weight": weights[f"{name}.mlp.gate_proj.weight"],
-            "up_weight": weights[f"{name}.mlp.up_proj.weight"],
-        }
-        (activation,) = self._add("rmsnorm_gate_up_silu", f"{path}/mlp", mlp, [(rows, spec.intermediate_size)], epsilon)
-        down_proj = weights[f"{name}.mlp.down_proj.weight"]
-        down = {"activation": activation, "weight": down_proj, "residual": hidden}
-        (hidden,) = self._add("down_residual", f"{path}/mlp", down, stream)
+        (hidden,) = self._add(op_name, f"{path}/self_attn", attention, stream, form)
+        gate_up, form = self._matrices({f"{half}_": f"{name}.mlp.{half}_proj.weight" for half in ("gate", "up")})
+        norm = weights[f"{name}.post_attention_layernorm.weight"]
+        mlp = {"hidden": hidden, "norm_weight": norm, **gate_up}
+        width = [(rows, spec.intermediate_size)]
+        (activation,) = self._add("rmsnorm_gate_up_silu", f"{path}/mlp", mlp, width, epsilon | form)
+        down_proj, form = self._matrices({"": f"{name}.mlp.down_proj.weight"})
+        down = {"activation": activation, "residual": hidden, **down_proj}
+        (hidden,) = self._add("down_residual", f"{path}/mlp", down, stream, form)
         return hidden
+
+    def _matrices(
+        self, names: Mapping[str, str], weight: str = "weight"
+    ) -> tuple[dict[str, ir.Value], dict[str, float]]:
+        """Inputs and `weight_format` of an op for its matrices: prefix of the input → name of the parameter."""
+        schemes = {name: self.quantized[name].scheme if name in self.quantized else None for name in names.values()}
+        first, *others = schemes
+        for name in others:
+            if schemes[name] != schemes[first]:
+                raise GraphError(
+                    f"{first} is stored as {schemes[first] or 'bf16'}, {name} as {schemes[name] or 'bf16'}",
+                    "one format for matrices that read the same input",
+                    "name them all in the overrides",
+                )
+        scheme = schemes[first]
+        if scheme is None:
+            return {f"{prefix}{weight}": self.weights[name] for prefix, name in names.items()}, {}
+        inputs = {}
+        for prefix, name in names.items():
+            parts = dict(self.quantized[name].parts)
+            inputs[f"{prefix}{weight}"] = parts.pop("weight")
+            perm = parts.pop("perm", None)
+            if perm is not None:
+                inputs.setdefault("perm", perm)  # of the first: the build demands that all have the same
+            inputs |= {f"{prefix}{part}": value for part, value in parts.items()}
+        return inputs, {"weight_format": float(WEIGHT_FORMATS[scheme.format])}
 
     def _add(
         self,

@@ -48,12 +48,13 @@ def plugin_node(
         op_name: Which op.
         path: Name of the module that it belongs to (`/model/layers.0/mlp`).
         inputs: Name in the table → value; optional ones may be left out.
-        output_shapes: Of each output; a dimension is a number or a name.
+        output_shapes: Of each output; a dimension is a number or a name. Optional outputs at the end may be left out.
         workspace: uint8[W], handed to the ops that want one.
         attributes: Name in the table → value; those with a default may be left out and are written all the same.
 
     Returns:
-        The node `{path}/{op_name}`; outputs have dtypes and shapes and are named `{node}/{output}`.
+        The node `{path}/{op_name}`; outputs have dtypes and shapes and are named `{node}/{output}`. One whose dtype in
+        the table stands for several has that of the input whose memory it shares.
 
     Raises:
         GraphError: An input or attribute is missing, unknown, or of another dtype or rank than the table says.
@@ -74,11 +75,18 @@ def plugin_node(
         if number is None:
             raise GraphError(f"{name} lacks attribute {key}", "a number")
         numbers.append(ir.AttrFloat32(key, float(number)))
-    node = ir.Node(DOMAIN, op.name, values, numbers, num_outputs=len(op.outputs), name=name)
-    for tensor, output, shape in zip(op.outputs, node.outputs, output_shapes, strict=True):
-        output.name, output.type = f"{name}/{tensor.name}", ir.TensorType(DTYPES[tensor.dtype])
-        output.shape = ir.Shape(shape)
+    wanted, absent = op.outputs[: len(output_shapes)], op.outputs[len(output_shapes) :]
+    if not all(tensor.optional for tensor in absent):
+        raise GraphError(f"{name} was given {len(output_shapes)} shapes", f"one for each output of op {op.name}")
+    node = ir.Node(DOMAIN, op.name, values, numbers, num_outputs=len(wanted), name=name)
+    for tensor, output, shape in zip(wanted, node.outputs, output_shapes, strict=True):
+        dtype = DTYPES[tensor.dtype] if tensor.dtype in DTYPES else inputs[str(tensor.alias)].dtype
+        output.name, output.type, output.shape = f"{name}/{tensor.name}", _tensor_type(dtype), ir.Shape(shape)
     return node
+
+
+def _tensor_type(dtype: ir.DataType | None) -> ir.TensorType:
+    return ir.TensorType(ir.DataType.UNDEFINED if dtype is None else dtype)
 
 
 def _checked(name: str, tensor: OpTensor, value: ir.Value | None) -> ir.Value | None:

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from qwen_rt.errors import UsageError
+from qwen_rt.export.passes.decoder import EMBEDDING, HEAD
 from qwen_rt.export.quantize.forward import UNITS, matrix_names
 from qwen_rt.quantization import DEFAULT_SCHEMES, FORMATS, Scheme, check_scheme
 from qwen_rt.spec import ModelSpec
 
-__all__ = ["EMBEDDING", "HEAD", "SchemeOptions", "base_scheme", "layer_matrices", "plan_schemes"]
+__all__ = ["SchemeOptions", "base_scheme", "layer_matrices", "plan_schemes"]
 
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 
 FLOAT = ("bf16", "fp16", "fp32", "none")
 _KEYS = {"precision", "group_size", "symmetric"}

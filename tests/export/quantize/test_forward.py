@@ -94,7 +94,11 @@ def test_a_layer_steps_through_its_units_and_takes_overrides(zoo: Zoo) -> None:
     }
     itself: Any = {name: case.weights[name] for name in names}
     assert_close(forward.run_layer(0, hidden, itself).numpy(), plain.numpy(), relative=1e-6)
-    writes = {name: np.zeros_like(case.weights[name]) for name in names if name.endswith(("o_proj.weight", "n.weight"))}
+    writes = {
+        name: np.zeros_like(case.weights[name])
+        for name in names
+        if name.endswith(("o_proj.weight", "down_proj.weight"))
+    }
     assert len(writes) == 2
     assert torch.equal(forward.run_layer(0, hidden, writes), hidden)
     rows.close()
