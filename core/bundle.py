@@ -19,10 +19,12 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from qwen_rt.errors import BundleError, CheckpointError, StorageError
 from qwen_rt.manifest_fields import REBUILD, Fields, inner_path, plain_name
+from qwen_rt.manifest_quantization import Quantization
+from qwen_rt.quantization import FORMATS
 from qwen_rt.safetensors_header import read_header
 from qwen_rt.spec import ModelSpec
 from qwen_rt.strict_json import parse_object, show
@@ -30,7 +32,9 @@ from qwen_rt.strict_json import parse_object, show
 __all__ = [
     "FORMAT_VERSION",
     "GRAPH_FILE",
+    "KV_DTYPES",
     "MANIFEST_FILE",
+    "MIXED",
     "PRECISIONS",
     "TARGETS",
     "TEXT_FILES",
@@ -44,14 +48,17 @@ __all__ = [
 ]
 
 FORMAT = "qwen-rt-bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 GRAPH_FILE = "graph/rank0.onnx"
 WEIGHTS_FOLDER = "graph"
 
 TARGETS = ("cpu", "cuda", "portable")
 PRECISIONS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
-"""Dtype in which the weights are stored → its safetensors name."""
+"""Dtype in which floating-point weights are stored → its safetensors name."""
+
+MIXED = "mixed"
+"""Precision of a bundle whose layers are not all alike."""
 
 TEXT_FILES = (
     "config.json",
@@ -67,6 +74,10 @@ TEXT_FILES = (
 )
 """Files of a checkpoint that travel in the bundle where they exist."""
 
+KV_DTYPES = {"fp8": "float8_e4m3fn", "int8": "int8"}
+"""Format of a quantized KV cache → its dtype in memory."""
+
+_COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 _MAX_MANIFEST_BYTES = 64 << 20
 _HASHED_AT_LOAD_BYTES = 1 << 30
 _BLOCK_BYTES = 8 << 20
@@ -120,15 +131,18 @@ class Manifest:
 
     Attributes:
         target: `cpu`, `cuda`, or `portable` for a graph that is not lowered.
-        precision: `fp32`, `bf16` or `fp16`: how the weights are stored.
+        precision: How the layers' matrices are stored: `fp32`, `bf16`, `fp16`, `fp8`, `int8`, `int4`, or `mixed`.
         compute_dtype: Dtype of the activations (`float32`, …).
-        kv_dtype: Dtype of the KV cache.
+        kv_dtype: Dtype of the KV cache, as it lies in memory.
         max_length: Positions that the graph can reach.
         tensor_parallel: Ranks; there is one graph for each.
         model: Hyperparameters.
         checkpoint: Origin of the weights.
         files: Relative path → entry, of every file but the manifest.
         tools: Package → version that took part in the build.
+        quantization: Schemes of the quantized matrices and of the cache; None if nothing is quantized.
+        gate: Result of the build's accuracy gate (`qwen_rt.export.quantize.gate`), JSON data; None if nothing was to
+            be checked.
     """
 
     target: str
@@ -141,6 +155,8 @@ class Manifest:
     checkpoint: CheckpointLink
     files: Mapping[str, FileEntry]
     tools: Mapping[str, str]
+    quantization: Quantization | None = None
+    gate: Mapping[str, Any] | None = None
 
     def to_json(self) -> bytes:
         """Return the manifest as JSON with sorted keys: equal builds give equal bytes."""
@@ -161,6 +177,8 @@ class Manifest:
             },
             "files": {name: vars(entry) for name, entry in self.files.items()},
             "tools": dict(self.tools),
+            "quantization": None if self.quantization is None else self.quantization.to_dict(),
+            "gate": None if self.gate is None else dict(self.gate),
         }
         return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()
 
@@ -194,9 +212,9 @@ class Manifest:
             raise BundleError(f"{source}: {error}", fix=REBUILD) from None
         return cls(
             target=take.choice("target", TARGETS),
-            precision=take.choice("precision", tuple(PRECISIONS)),
-            compute_dtype=take.choice("compute_dtype", ("float32", "bfloat16", "float16")),
-            kv_dtype=take.choice("kv_dtype", ("float32", "bfloat16", "float16")),
+            precision=take.choice("precision", (*PRECISIONS, *FORMATS, MIXED)),
+            compute_dtype=take.choice("compute_dtype", _COMPUTE_DTYPES),
+            kv_dtype=take.choice("kv_dtype", (*_COMPUTE_DTYPES, *KV_DTYPES.values())),
             max_length=take.integer("max_length", 1),
             tensor_parallel=take.integer("tensor_parallel", 1),
             model=model,
@@ -213,7 +231,13 @@ class Manifest:
                 for name, entry in take.objects("files").items()
             },
             tools=take.strings("tools"),
+            quantization=None if version < 2 or take.is_null("quantization") else _quantization(take, source),
+            gate=None if version < 2 or take.is_null("gate") else take.object("gate"),
         )
+
+
+def _quantization(take: Fields, source: str) -> Quantization:
+    return Quantization.from_dict(take.object("quantization"), f"{source}: quantization")
 
 
 def _file_entry(take: Fields) -> FileEntry:

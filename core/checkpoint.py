@@ -16,7 +16,7 @@ import hashlib
 import importlib.resources
 import mmap
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_rt.errors import CheckpointError
+from qwen_rt.foreign import ForeignMatrix, find_matrices, read_quantization
+from qwen_rt.foreign.config import is_left_out
 from qwen_rt.safetensors_header import ShardHeader, TensorRef, read_errors, read_header
 from qwen_rt.spec import ModelDtype, ModelSpec
 from qwen_rt.strict_json import name_some, parse_object, show
+from qwen_rt.tensor_data import to_float32
 
 __all__ = ["NANO", "Checkpoint", "to_float32"]
 
@@ -48,6 +51,7 @@ _WEIGHT_DTYPES: dict[str, tuple[ModelDtype, np.dtype[Any]]] = {
     "F16": ("float16", np.dtype("<f2")),
     "F32": ("float32", np.dtype("<f4")),
 }
+_QUANTIZED_PARTS = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv")
 _HARMLESS_SUFFIX = "rotary_emb.inv_freq"  # older transformers stored it; it follows from the config
 _FIX_AGAIN = "download it again"
 
@@ -61,9 +65,11 @@ class Checkpoint:
         config: `config.json`, as parsed.
         generation_config: `generation_config.json`, empty if there is none.
         spec: The model.
-        tensors: Where each parameter of the spec is stored, by Hugging Face name.
+        tensors: Where each parameter of the spec that is stored as floats is, by Hugging Face name.
+        quantized: The other parameters, matrices that are stored quantized, likewise.
         headers: The shards that the index names, or the single file; `path` is the name inside the folder.
-        ignored: Stored tensors that are known not to matter: rotary frequencies, the LM head of a tied model.
+        ignored: Stored tensors that are known not to matter: rotary frequencies, the LM head of a tied model, scales
+            to quantize activations and caches with.
         unexpected: Other stored tensors that the model has no use for.
         config_digests: sha256 of config.json and, if there is one, of the index.
     """
@@ -77,6 +83,7 @@ class Checkpoint:
     ignored: tuple[str, ...]
     unexpected: tuple[str, ...]
     config_digests: tuple[str, ...]
+    quantized: Mapping[str, ForeignMatrix] = dataclasses.field(default_factory=dict)
     _maps: dict[Path, mmap.mmap] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
@@ -111,13 +118,17 @@ class Checkpoint:
             weight_map, index_digest = _read_index(folder)
             digests.append(index_digest)
             headers, stored = _read_shards(folder, weight_map)
-        expected = spec.parameters()
-        _check_tensors(folder, expected, stored)
+        parameters = spec.parameters()
+        quantization = read_quantization(config)
+        quantized = find_matrices(quantization, parameters, stored) if quantization is not None else {}
+        expected = {name: shape for name, shape in parameters.items() if name not in quantized}
+        _check_tensors(folder, expected, stored, len(parameters))
         tensors = {name: stored[name] for name in expected}
-        extra = sorted(set(stored) - set(expected))
-        ignored = tuple(name for name in extra if name == "lm_head.weight" or name.endswith(_HARMLESS_SUFFIX))
+        used = {ref.name for matrix in quantized.values() for ref in matrix.parts.values()}
+        extra = sorted(set(stored) - set(expected) - used)
+        ignored = tuple(name for name in extra if _is_harmless(name, spec, quantization is not None))
         if config.get("dtype") is None and config.get("torch_dtype") is None:
-            stored_dtype = tensors["model.embed_tokens.weight"].dtype  # as transformers 5 decides
+            stored_dtype = next(iter(tensors.values())).dtype  # the embedding's, as transformers 5 decides
             spec = dataclasses.replace(spec, dtype=_WEIGHT_DTYPES[stored_dtype][0])
         return cls(
             path=folder,
@@ -129,6 +140,7 @@ class Checkpoint:
             ignored=ignored,
             unexpected=tuple(name for name in extra if name not in ignored),
             config_digests=tuple(digests),
+            quantized=quantized,
         )
 
     @property
@@ -140,15 +152,19 @@ class Checkpoint:
         """Map the data of one tensor; pages are read when they are touched.
 
         Args:
-            name: A parameter of the spec.
+            name: A parameter that is stored as floats.
 
         Returns:
             A read-only view of the stored shape: f32, f16, or the bits of bf16 as uint16 (`to_float32` converts).
 
         Raises:
-            CheckpointError: No such tensor, or the file changed its size since it was opened.
+            CheckpointError: No such tensor, a quantized matrix, or the file changed its size since it was opened.
             StorageError: The file cannot be opened.
         """
+        if name in self.quantized:
+            raise CheckpointError(
+                f"{show(name)} is stored as {self.quantized[name].layout}", "a parameter of floats", "load it instead"
+            )
         if name not in self.tensors:
             raise CheckpointError(
                 f"no tensor {show(name)} in {self.path}", f"one of {name_some(self.tensors)}", "check the name"
@@ -270,12 +286,28 @@ def _read_shards(folder: Path, weight_map: dict[str, str]) -> tuple[list[ShardHe
     return list(headers.values()), stored
 
 
-def _check_tensors(folder: Path, expected: dict[str, tuple[int, ...]], stored: dict[str, TensorRef]) -> None:
-    """Refuse a checkpoint whose tensors are not those of its config."""
+def _is_harmless(name: str, spec: ModelSpec, is_quantized: bool) -> bool:
+    """Whether a tensor that no parameter is made of is known not to matter."""
+    if name == "lm_head.weight" or name.endswith(_HARMLESS_SUFFIX):
+        return True
+    return is_quantized and (is_left_out(name) or (spec.tie_word_embeddings and name.startswith("lm_head.")))
+
+
+def _check_tensors(
+    folder: Path, expected: dict[str, tuple[int, ...]], stored: dict[str, TensorRef], num_parameters: int
+) -> None:
+    """Refuse a checkpoint whose tensors of floats are not those of its config."""
     missing = expected.keys() - stored.keys()
+    quantized = [name for name in stored if name.endswith(_QUANTIZED_PARTS)]
+    if missing and len(expected) == num_parameters and quantized:
+        raise CheckpointError(
+            f"{folder} holds quantized matrices ({name_some(quantized)})",
+            "a quantization_config in config.json that says how",
+            "download config.json again",
+        )
     if missing:
         raise CheckpointError(
-            f"{folder} lacks {len(missing)} of {len(expected)} tensors: {name_some(missing)}",
+            f"{folder} lacks {len(missing)} of {num_parameters} tensors: {name_some(missing)}",
             "every tensor that config.json implies",
             "download it again, or correct config.json",
         )
@@ -283,16 +315,17 @@ def _check_tensors(folder: Path, expected: dict[str, tuple[int, ...]], stored: d
     if wrong_dtype:
         first = min(wrong_dtype)
         raise CheckpointError(
-            f"{stored[first].dtype} weights in {len(wrong_dtype)} of {len(expected)} tensors: {name_some(wrong_dtype)}",
+            f"{stored[first].dtype} weights in {len(wrong_dtype)} of {num_parameters} tensors: "
+            f"{name_some(wrong_dtype)}",
             " or ".join(_WEIGHT_DTYPES),
-            "take the unquantized checkpoint",
+            "take a checkpoint whose config.json says how it is quantized",
         )
     wrong_shape = [name for name, shape in expected.items() if stored[name].shape != shape]
     if wrong_shape:
         shown = [f"{name} {list(stored[name].shape)} (expected {list(expected[name])})" for name in wrong_shape[:3]]
         more = f" and {len(wrong_shape) - 3} more" if len(wrong_shape) > 3 else ""
         raise CheckpointError(
-            f"wrong shape of {len(wrong_shape)} of {len(expected)} tensors: {', '.join(shown)}{more}",
+            f"wrong shape of {len(wrong_shape)} of {num_parameters} tensors: {', '.join(shown)}{more}",
             "the shapes that config.json implies",
             "download config.json and the shards again",
         )

@@ -21,6 +21,11 @@ class Fields:
     def __init__(self, document: Mapping[str, Any], source: str) -> None:
         self._document, self._source = document, source
 
+    @property
+    def source(self) -> str:
+        """Where the object stands, for messages."""
+        return self._source
+
     def _fail(self, key: str, expected: str) -> BundleError:
         found = show(self._document[key]) if key in self._document else "(missing)"
         return BundleError(f"{self._source}: {key}={found}", expected, REBUILD)
@@ -44,6 +49,13 @@ class Fields:
         value = self._document.get(key)
         if type(value) is not int or not low <= value <= 2**62:
             raise self._fail(key, f"an integer of at least {low}")
+        return value
+
+    def boolean(self, key: str) -> bool:
+        """True or false."""
+        value = self._document.get(key)
+        if type(value) is not bool:
+            raise self._fail(key, "true or false")
         return value
 
     def sha256(self, key: str) -> str:

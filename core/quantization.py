@@ -66,7 +66,7 @@ KV_LARGEST: Mapping[str, float] = {"fp8": 448.0, "int8": 127.0}
 
 MAX_FP8 = 448.0
 GROUP_SIZES = (16, 32, 64, 128, 256)
-"""Columns that may share a scale."""
+"""Columns that can share a scale; else the whole row does."""
 
 _ZERO_INT4 = 8
 

@@ -1,8 +1,9 @@
-"""Rows of stored matrices as float32, read when asked for: neither a file nor a matrix is ever held whole.
+"""Rows of stored matrices as float32, read when asked for: no file is ever held whole.
 
-reader = StoredRows(checkpoint.tensors)
-reader.rows("model.layers.0.mlp.up_proj.weight", 0, 128)          # float32 [128, K]
-CheckpointRows(checkpoint).rows(...)                              # the same, of any checkpoint
+    with CheckpointRows(checkpoint) as reader:
+        reader.rows("model.layers.0.mlp.up_proj.weight", 0, 128)          # float32 [128, K]
+
+`StoredRows` holds no matrix whole either; `CheckpointRows` also reads what other tools quantized, by whole matrices.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen_rt.checkpoint import Checkpoint, to_float32
+from qwen_rt.checkpoint import Checkpoint
 from qwen_rt.errors import CheckpointError
 from qwen_rt.quantization import QuantizedTensor, Scheme, dequantize, part_name
 from qwen_rt.safetensors_header import BYTES_OF_DTYPE, TensorRef, read_errors
 from qwen_rt.strict_json import show
-from qwen_rt.tensor_data import STORED_AS, read_bytes
+from qwen_rt.tensor_data import STORED_AS, read_bytes, to_float32
 
 __all__ = ["CheckpointRows", "RowSource", "StoredRows", "read_bytes"]
 
@@ -116,7 +117,8 @@ class StoredRows:
         stop = min(stop, ref.shape[0])
         data = np.empty((stop - start) * row_bytes, np.uint8)
         read_bytes(self._descriptor(ref.path), data, ref.offset + start * row_bytes, ref)
-        return data.view(STORED_AS[ref.dtype]).reshape(stop - start, *row_shape)
+        rows: NDArray[Any] = data.view(STORED_AS[ref.dtype]).reshape(stop - start, *row_shape)
+        return rows
 
     def _ref(self, name: str) -> TensorRef:
         if name not in self._tensors:

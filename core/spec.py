@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from qwen_rt.errors import CheckpointError, UnsupportedModelError, UsageError
+from qwen_rt.foreign.config import read_quantization
 from qwen_rt.rope import RopeKind, RopeSpec, check_head_dim
 from qwen_rt.strict_json import INT_MAX, check_bool, check_float, check_int, name_some, show
 
@@ -138,8 +139,8 @@ class ModelSpec:
         are required. A missing dtype is float32, torch's default.
 
         Raises:
-            UnsupportedModelError: Another architecture, quantized weights, a sliding window that takes effect, a
-                rope kind or an activation that is not implemented.
+            UnsupportedModelError: Another architecture, a quantization that is not read, a sliding window that takes
+                effect, a rope kind or an activation that is not implemented.
             CheckpointError: A key missing, of the wrong type, out of range, or contradicting another.
         """
         if not isinstance(config, dict):
@@ -283,7 +284,7 @@ def _read_sizes(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_other_models(config: dict[str, Any]) -> None:
-    """Refuse what is not a plain, unquantized, causal Qwen2 decoder."""
+    """Refuse what is not a plain, causal Qwen2 decoder, or is quantized in a way that is not read."""
     model_type, architectures = config.get("model_type"), config.get("architectures")
     if model_type is None and not architectures:
         raise CheckpointError(
@@ -296,14 +297,7 @@ def _refuse_other_models(config: dict[str, Any]) -> None:
     for architecture in architectures or ():
         if architecture != _ARCHITECTURE:
             raise UnsupportedModelError(f"architecture {show(architecture)}", _ARCHITECTURE, _FIX_CHOOSE)
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            method = config[key].get("quant_method") if isinstance(config[key], dict) else config[key]
-            raise UnsupportedModelError(
-                f"{key} (quant_method={show(method)}): quantized checkpoints are not read yet",
-                "a bfloat16, float16 or float32 checkpoint",
-                "take the unquantized checkpoint and let the export quantize it",
-            )
+    read_quantization(config)
     present = [key for key in _MULTIMODAL_KEYS if config.get(key) is not None]
     if present:
         raise UnsupportedModelError(f"config.json has {name_some(present)}", "a text-only model", _FIX_CHOOSE)

@@ -6,10 +6,19 @@ against the largest magnitude of the reference, because single logits may be nea
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import NormalDist
+
+from qwen_rt.quantization import Scheme
 
 __all__ = [
     "CHUNKING_RELATIVE_FP32",
+    "GATE_KV_ERROR",
+    "GATE_MIN_CONFIDENT",
+    "GATE_VECTOR_ERROR",
+    "INT8_ACTIVATIONS_RELATIVE",
     "LOWERED_BF16_CACHE_RELATIVE",
     "LOWERED_BF16_MIN_COSINE",
     "LOWERED_BF16_RELATIVE",
@@ -18,6 +27,11 @@ __all__ = [
     "PORTABLE_RELATIVE",
     "VERIFY",
     "VerifyTolerance",
+    "gate_kl_limit",
+    "gate_limit",
+    "gate_scale_limit",
+    "gate_top1_limit",
+    "rounding_error",
     "verify_kind",
 ]
 
@@ -38,6 +52,11 @@ LOWERED_RELATIVE = 1e-5
 """A graph lowered to plugin ops and run in float64, against the portable graph in float32 on the same weights: what is
 left is the rounding of the one float32 side, sqrt(n)·u a product (2e-6 at n = 1386, the tests' largest) over two to
 four layers; measured 2e-7 to 1e-6 in logits, 6e-7 to 1.6e-6 in caches."""
+
+INT8_ACTIVATIONS_RELATIVE = 4e-2
+"""Activations rounded to int8 in blocks before a product, in float32 otherwise: an element errs evenly by up to half of
+max|x| / 127, 0.7 % rms of normal numbers; 7 products a layer, of which 4 follow each other, in two layers, and the
+largest error is some four times the rms. Measured 5e-3 to 1.6e-2."""
 
 LOWERED_BF16_RELATIVE = 2e-2
 """The same, rounding to bfloat16 where the kernels do: nine times a layer (norm twice, qkv, q and k, probabilities,
@@ -107,3 +126,97 @@ def verify_kind(stored_dtypes: set[str], precision: str) -> str:
     """
     own = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}[precision]
     return "lossless" if precision == "fp32" or stored_dtypes == {own} else f"rounded-{precision}"
+
+
+_LEVELS = {"int8": 127, "int4": 7}
+_FP8_ERROR = 2.6e-2
+_GATE_FACTOR = {"fp8": 2.5, "int8": 6.0, "int4": 3.0}
+_KEPT_ERROR = 2**-7
+
+
+def rounding_error(scheme: Scheme, columns: int) -> float:
+    """Expected ‖Ŵ - W‖ / ‖W‖ of a normally distributed matrix that is rounded to nearest.
+
+        fp8      0.026, whatever the scale: three bits of mantissa leave an error of 1/8 / sqrt(12) in a binade, whose
+                 numbers are 1.4 rms, and a little more where a normal distribution is dense
+        int8, 4  a / (levels · sqrt(12)), a = max|w| / sigma of the numbers that share a scale: the median of a maximum,
+                 2.8 of 128 and 3.7 of 3584; levels = 127 or 7
+
+    0.0085 for int8 at K = 3584, 0.115 for int4 g128, and 0.154 for int4 with a scale for a whole row of 3584.
+    """
+    if scheme.format == "fp8":
+        return _FP8_ERROR
+    count = scheme.group_size or columns
+    largest = NormalDist().inv_cdf((1 + 0.5 ** (1 / count)) / 2)
+    return largest / (_LEVELS[scheme.format] * math.sqrt(12))
+
+
+def gate_limit(scheme: Scheme | None, columns: int) -> float:
+    """Largest output error, mean of ‖(Ŵ - W) x‖ / ‖W x‖ over the tokens, that the gate accepts of a matrix.
+
+    If x has nothing to do with the rounding, that is `rounding_error`, as nano and random weights confirm (0.026, 0.008
+    and 0.10). The limit is a multiple, for what real matrices do to it. fp8 x 2.5: its error hardly depends on the
+    distribution, but W x may cancel. int4 x 3: that too, and a group of 128 may hold a number of 5 sigma. int8 x 6:
+    rows of thousands hold numbers of 10 to 20 sigma, of which it feels each.
+
+    A matrix of zeros errs by 1, another matrix by 1.4, scales in another order by how much they differ: by 0.1 and more
+    in normally distributed rows, and where that is below the limit of int4, `gate_scale_limit` sees it. A matrix that
+    is not quantized (None) may have been rounded to bfloat16, u = 2^-8, and errs by less than 2^-7.
+    """
+    return _KEPT_ERROR if scheme is None else _GATE_FACTOR[scheme.format] * rounding_error(scheme, columns)
+
+
+def gate_scale_limit(scheme: Scheme | None, columns: int) -> float:
+    """Largest scale error (see `gate_result.TensorError`) that the gate accepts of a matrix.
+
+    With the rounding error e, ⟨ŵ, w⟩ / ⟨w, w⟩ of a group of n numbers is off by e / sqrt(n), and by e² where the rounding
+    shrinks, as a clipped scale does; measured 0.014 for int4 g128 and 0.002 for fp8. The limit is four times that:
+    where it costs the output nothing, a calibration may err by three e. 0.067 for int4 g128, whose scales differ by
+    0.13 from group to group in normally distributed rows, so that another group's is off by 0.18. At least 0.02.
+    """
+    if scheme is None:
+        return 0.02
+    error = rounding_error(scheme, columns)
+    return max(0.02, 4 * math.hypot(error / math.sqrt(scheme.group_size or columns), error * error))
+
+
+GATE_VECTOR_ERROR = 2**-7
+"""Of biases and the last norm, ‖b̂ - b‖ / ‖b‖: rounded to bfloat16, perhaps twice, once as an offset of the cache."""
+
+GATE_KV_ERROR = {"fp8": 0.15, "int8": 0.05}
+"""Format of the cache → error of a layer's attention when only its keys and values are rounded. Values err by 0.026 and
+by 0.006 (128 numbers share a scale: 2.8 / (127 · sqrt(12))), and attention averages that; keys err by as much of a score,
+which is a few units. Random models give 0.029 and 0.007 at most if the offsets take the biases out, 0.057 and 0.017 if
+they take nothing; a key whose bias is a hundred times the rest loses that rest, and the error is near 1."""
+
+_GATE_KL = {"int8": 0.03, "fp8": 0.08, "int4": 0.5}
+_GATE_KL_KV = {"fp8": 0.05, "int8": 0.02}
+_GATE_TOP1 = {"int8": 0.97, "fp8": 0.95, "int4": 0.85}
+
+GATE_MIN_CONFIDENT = 16
+"""Confident positions below which the top-1 agreement on them does not decide: of 15, one is 7 %."""
+
+
+def gate_kl_limit(formats: Iterable[str], kv_format: str | None = None) -> float:
+    """Largest mean KL(source ‖ quantized) of the next token that the gate accepts, in nats.
+
+    Logits that are off by d have a KL of about half the variance of d; with an error e of the last hidden state and
+    logits of the standard deviation s, that is (e s)² / 2. Random models have s = 0.9 and e = 0.013, 0.045 and 0.17 with
+    int8, fp8 and int4 g128: 7e-5, 8e-4 and 0.012, and measured are 9e-5, 1e-3 and 0.016. Trained models have s = 2 to 3,
+    and e grows with the layers: nano gives 8e-4, 5e-3 and 0.08. The limits are six (int4) to forty times (int8) as much.
+    Half a nat says that a token of the source keeps 60 % of its probability: int4 may cost a small model nearly that, a
+    model with one broken layer costs more. A quantized cache adds less than fp8 or int8 weights do, nano's 1e-3.
+    """
+    weights = max((_GATE_KL[name] for name in formats), default=1e-3)
+    return weights + (_GATE_KL_KV[kv_format] if kv_format is not None else 0.0)
+
+
+def gate_top1_limit(formats: Iterable[str], kv_format: str | None = None) -> float:
+    """Smallest share of the confident positions (source's p >= 0.5) with the same best token that the gate accepts.
+
+    There the next best token has less than half, and mostly a small part of it: its logit is several units lower. int8
+    and fp8 move logits by a tenth, int4 by up to one. The limits leave room for one position in 33, 20 and 7. Without
+    confident positions the best of many equal tokens changes with any rounding, so that top-1 says nothing.
+    """
+    named = {*formats, *(() if kv_format is None else (kv_format,))}
+    return min((_GATE_TOP1[name] for name in named), default=0.99)

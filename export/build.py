@@ -6,8 +6,8 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -16,9 +16,9 @@ from typing import Any
 from qwen_rt._version import __version__
 from qwen_rt.bundle import (
     GRAPH_FILE,
+    KV_DTYPES,
     MANIFEST_FILE,
     PRECISIONS,
-    TARGETS,
     TEXT_FILES,
     WEIGHTS_FOLDER,
     CheckpointLink,
@@ -27,48 +27,25 @@ from qwen_rt.bundle import (
     ShardEntry,
     file_sha256,
 )
-from qwen_rt.checkpoint import Checkpoint
 from qwen_rt.disk import device_error
-from qwen_rt.errors import StorageError, UsageError
-from qwen_rt.export.lower import COMPUTE_DTYPES, graph_bytes, lowered_graph
-from qwen_rt.export.passes.lower_cuda import check_cuda_shapes
-from qwen_rt.export.portable import WeightLocation, checkpoint_locations, portable_graph
+from qwen_rt.errors import StorageError, VerificationError
+from qwen_rt.export.lower import graph_bytes, lowered_graph
+from qwen_rt.export.portable import QuantizedLocation, WeightLocation, checkpoint_locations, portable_graph
+from qwen_rt.export.quantize.check import check_weights
+from qwen_rt.export.quantize.prepare import Prepared, pieces_of, prepare, quantized_locations
+from qwen_rt.export.settings import BuildOptions, QuantizeOptions, Settings, settle
 from qwen_rt.export.source import Source, open_source
-from qwen_rt.export.weights import PlannedFile, copy_file, is_whole, plan_weight_files, write_weight_file
+from qwen_rt.export.weights import Piece, PlannedFile, copy_file, float_piece, is_whole, plan_files, write_weight_file
+from qwen_rt.manifest_quantization import Quantization
 from qwen_rt.progress import progress
+from qwen_rt.row_reader import CheckpointRows
 from qwen_rt.safetensors_header import read_header
 from qwen_rt.storage import StagedDirectory, atomic_write_bytes, require_free_space
 
-__all__ = ["BuildOptions", "build"]
+__all__ = ["BuildOptions", "QuantizeOptions", "build"]
 
 _JOURNAL = ".journal.json"
 _TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript")
-_PRECISION_OF = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """What to build.
-
-    Attributes:
-        target: `cpu`, `cuda`, or `portable` for the graph before lowering.
-        precision: How weights are stored: `fp32`, `bf16`, `fp16`, or `auto` for the checkpoint's own dtype. Target
-            `cuda` takes bf16 only, which is its `auto`.
-        dtype: Compute dtype of a portable graph: `float32`, `bfloat16`, `float16`, or `auto` for the checkpoint's.
-            The CPU target computes in float32, target `cuda` in bfloat16.
-        max_length: Positions that the bundle can reach; None for the model's context length.
-        self_contained: Copy the weights into the folder instead of referring to the checkpoint.
-        overwrite: Replace an existing bundle.
-        quiet: No progress on stderr.
-    """
-
-    target: str = "cpu"
-    precision: str = "auto"
-    dtype: str = "auto"
-    max_length: int | None = None
-    self_contained: bool = False
-    overwrite: bool = False
-    quiet: bool = False
 
 
 def build(source: str | Path, out: str | Path, options: BuildOptions | None = None) -> Manifest:
@@ -85,16 +62,20 @@ def build(source: str | Path, out: str | Path, options: BuildOptions | None = No
     Raises:
         UsageError: An option that does not fit the model.
         CheckpointError, UnsupportedModelError: The checkpoint cannot be read or run.
-        StorageError: The folder cannot be written. As after any error, nothing of it stays.
+        StorageError: The folder cannot be written. As after any error but the next, nothing of it stays.
+        VerificationError: The gate failed. What was written stays beside `out`, so that a build without the gate only
+            has to finish it.
     """
     options = options or BuildOptions()
     opened = open_source(source)
-    settings = _settle(opened.checkpoint, options)
+    settings = settle(opened.checkpoint, options)
     _refuse_overlap(opened, Path(out))
     with StagedDirectory(Path(out), overwrite=options.overwrite) as stage:
         try:
             manifest = _Job(opened, settings, stage.path).run()
             stage.commit()
+        except VerificationError:
+            raise
         except Exception as error:  # not an interrupt: as after kill -9, the next build goes on from what is there
             with contextlib.suppress(StorageError):
                 stage.abandon()
@@ -122,97 +103,111 @@ def _lies_in(path: Path, folder: Path) -> bool:
     return path.resolve().is_relative_to(folder)
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """Options with every default replaced by its value."""
-
-    target: str
-    precision: str
-    dtype: str
-    max_length: int
-    self_contained: bool
-    quiet: bool
-
-
-def _settle(checkpoint: Checkpoint, options: BuildOptions) -> _Settings:
-    spec = checkpoint.spec
-    if options.target not in TARGETS:
-        raise UsageError(f"target={options.target}", "one of " + ", ".join(TARGETS))
-    stored = {checkpoint.tensors[name].dtype for name in spec.parameters()}
-    precision = options.precision
-    if options.target == "cuda":
-        check_cuda_shapes(spec)
-        if precision not in ("auto", "bf16"):
-            raise UsageError(
-                f"precision={precision} for target cuda",
-                "bf16, in which its kernels compute",
-                "leave out --precision, or build with --target cpu",
-            )
-        precision = "bf16"
-    if precision == "auto":
-        precision = _PRECISION_OF[stored.pop()] if len(stored) == 1 else "fp32"
-    if precision not in PRECISIONS:
-        raise UsageError(f"precision={precision}", "one of auto, " + ", ".join(PRECISIONS))
-    dtype = COMPUTE_DTYPES.get(options.target, options.dtype)
-    if dtype == "auto":
-        dtype = spec.dtype
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise UsageError(f"dtype={dtype}", "one of auto, float32, bfloat16, float16")
-    limit = spec.context_length
-    max_length = limit if options.max_length is None else options.max_length
-    if not 1 <= max_length <= limit:
-        raise UsageError(
-            f"max-length={max_length}", f"1 to {limit}, the model's context length", "choose a smaller --max-length"
-        )
-    return _Settings(options.target, precision, dtype, max_length, options.self_contained, options.quiet)
-
-
 class _Job:
     """One build in its stage: every finished file is in the journal, and kept if a build is run again."""
 
-    def __init__(self, source: Source, settings: _Settings, stage: Path) -> None:
+    def __init__(self, source: Source, settings: Settings, stage: Path) -> None:
         self.source, self.checkpoint, self.settings, self.stage = source, source.checkpoint, settings, stage
         self.files: dict[str, FileEntry] = {}
         self.reusable: dict[str, FileEntry] = self._open_journal()
 
     def run(self) -> Manifest:
         settings, checkpoint = self.settings, self.checkpoint
-        shards = sorted({checkpoint.tensors[name].path for name in checkpoint.spec.parameters()})
-        stored = PRECISIONS[settings.precision]
-        planned = [] if settings.target == "portable" else plan_weight_files(checkpoint, stored, Path(WEIGHTS_FOLDER))
+        prepared = self._prepare()
+        planned = plan_files(self._pieces(prepared), Path(WEIGHTS_FOLDER))
         locations = checkpoint_locations(checkpoint)
         for plan in planned:
             locations.update(plan.locations)
-        needed = {place.file for place in locations.values()} & set(shards)
-        copied = [shard for shard in shards if shard in needed] if settings.self_contained else []
+        quantized = {} if prepared is None else quantized_locations(prepared.schemes, locations)
+        used = {place.file for name, place in locations.items() if name not in quantized}
+        needed = [shard for shard in self._shards() if shard in used]
+        copied = needed if settings.self_contained else []
         for shard in copied:
             inside = Path(WEIGHTS_FOLDER) / shard.name
             locations.update(
                 {n: _moved(place, inside) if place.file == shard else place for n, place in locations.items()}
             )
 
-        self._write_graph(locations)
+        self._write_graph(locations, quantized, prepared)
         self._write_weights(planned, copied)
         for name in TEXT_FILES:
             if (checkpoint.path / name).is_file():
                 self._keep(name, partial(copy_file, checkpoint.path / name))
-        links = {} if settings.self_contained else self._link_shards([s for s in shards if s in needed])
+        links = {} if settings.self_contained else self._link_shards(needed)
+        gate = None if prepared is None else self._check(prepared, locations)
         manifest = Manifest(
             target=settings.target,
-            precision=settings.precision,
+            precision=settings.precision if prepared is None else prepared.precision(settings.precision),
             compute_dtype=settings.dtype,
-            kv_dtype=settings.dtype,
+            kv_dtype=self._kv_dtype(),
             max_length=settings.max_length,
             tensor_parallel=1,
             model=checkpoint.spec,
             checkpoint=CheckpointLink(self.source.origin, self.source.fingerprint, links),
             files=dict(sorted(self.files.items())),
             tools=_tool_versions(),
+            quantization=None if prepared is None else self._quantization(prepared),
+            gate=gate,
         )
         self._sweep()
         atomic_write_bytes(self.stage / MANIFEST_FILE, manifest.to_json())
         (self.stage / _JOURNAL).unlink()
         return manifest
+
+    def _shards(self) -> list[Path]:
+        """The checkpoint's shards that hold parameters as floats."""
+        return sorted({ref.path for ref in self.checkpoint.tensors.values()})
+
+    def _prepare(self) -> Prepared | None:
+        """Decide how to quantize; None for a build of floats."""
+        settings = self.settings
+        if not settings.is_quantized:
+            return None
+        return prepare(self.checkpoint, settings.precision, settings.quantize, settings.target, settings.quiet)
+
+    def _pieces(self, prepared: Prepared | None) -> list[Piece]:
+        """What the bundle stores itself."""
+        settings, checkpoint = self.settings, self.checkpoint
+        if settings.target == "portable":
+            return []
+        if prepared is not None:
+            return pieces_of(checkpoint, prepared, settings.target, settings.self_contained)
+        stored, rows = PRECISIONS[settings.precision], CheckpointRows(checkpoint)
+        return [
+            float_piece(rows, name, stored)
+            for name in checkpoint.spec.parameters()
+            if name not in checkpoint.tensors or checkpoint.tensors[name].dtype != stored
+        ]
+
+    def _kv_dtype(self) -> str:
+        """Of the cache in memory: on the CPU it holds rounded numbers in float32."""
+        settings = self.settings
+        kv_format = settings.quantize.kv_cache
+        return settings.dtype if kv_format is None or settings.target == "cpu" else KV_DTYPES[kv_format]
+
+    def _quantization(self, prepared: Prepared) -> Quantization:
+        options = self.settings.quantize
+        activations = self.settings.dtype if options.activations == "float32" else options.activations
+        return Quantization(prepared.schemes, prepared.method, activations, options.kv_cache, prepared.report)
+
+    def _check(self, prepared: Prepared, locations: Mapping[str, WeightLocation]) -> dict[str, Any]:
+        """Run the gate on what was written, or note that it was not wanted.
+
+        Raises:
+            VerificationError: It failed.
+        """
+        if not self.settings.gate:
+            return {"skipped": "--no-gate"}
+        settings = self.settings
+        kv_format = settings.quantize.kv_cache
+        result = check_weights(self.checkpoint, prepared, kv_format, self.stage, locations, settings.quiet)
+        if not result.passed:
+            raise VerificationError(
+                f"the accuracy gate failed: {result.failure()}",
+                "errors within the limits of the precision",
+                "choose a higher --precision, or keep it as it is with --no-gate, which finishes what was written",
+            )
+        return result.to_dict()
 
     def _sweep(self) -> None:
         """Remove what an earlier build left in the stage and this one did not ask for."""
@@ -222,7 +217,12 @@ class _Job:
                 if Path(folder, name) not in kept:
                     Path(folder, name).unlink()
 
-    def _write_graph(self, locations: dict[str, WeightLocation]) -> None:
+    def _write_graph(
+        self,
+        locations: dict[str, WeightLocation],
+        quantized: Mapping[str, QuantizedLocation],
+        prepared: Prepared | None,
+    ) -> None:
         settings, spec = self.settings, self.checkpoint.spec
 
         def write(path: Path) -> FileEntry:
@@ -230,7 +230,16 @@ class _Job:
             if settings.target == "portable":
                 model = portable_graph(self.checkpoint, settings.dtype, locations, exported)
             else:
-                model = lowered_graph(self.checkpoint, settings.target, settings.max_length, locations, exported)
+                model = lowered_graph(
+                    self.checkpoint,
+                    settings.target,
+                    settings.max_length,
+                    locations,
+                    exported,
+                    quantized=quantized,
+                    activations=settings.quantize.activations,
+                    kv=None if prepared is None else prepared.kv,
+                )
             data = graph_bytes(model)
             atomic_write_bytes(path, data)
             return FileEntry(len(data), file_sha256(path))
@@ -244,11 +253,15 @@ class _Job:
         if not total:
             return
         require_free_space(self.stage, total - sum(entry.nbytes for entry in self.reusable.values()))
-        with progress(total, "weights", unit="B", quiet=self.settings.quiet) as bar:
+        num_workers = self.settings.num_workers or os.cpu_count() or 1
+        with (
+            progress(total, "weights", unit="B", quiet=self.settings.quiet) as bar,
+            ThreadPoolExecutor(num_workers, "weights") as pool,
+        ):
             for plan in planned:
                 self._keep(
                     f"{WEIGHTS_FOLDER}/{plan.name}",
-                    partial(write_weight_file, self.checkpoint, plan, advance=bar.update),
+                    partial(write_weight_file, plan, pool=pool, advance=bar.update),
                     bar.update,
                 )
             for shard in copied:
@@ -291,7 +304,10 @@ class _Job:
             "fingerprint": self.source.fingerprint,
             "graph": file_sha256(self.source.graph_file) if self.source.graph_file else None,
             "sources": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in self._sources()],
-            "settings": {k: v for k, v in vars(self.settings).items() if k != "quiet"},
+            "settings": {
+                k: str(v) for k, v in vars(self.settings).items() if k not in ("quiet", "gate", "num_workers")
+            },
+            "texts": [file_sha256(file) for file in self.settings.quantize.files()],
         }
 
     def _sources(self) -> list[Path]:

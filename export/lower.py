@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from qwen_rt.checkpoint import Checkpoint
+from qwen_rt.errors import GraphError
 from qwen_rt.export.passes.lower_cpu import lower_cpu
 from qwen_rt.export.passes.lower_cuda import check_cuda_shapes, lower_cuda
-from qwen_rt.export.portable import QuantizedLocation, WeightLocation, checkpoint_locations, portable_graph
+from qwen_rt.export.portable import (
+    QuantizedLocation,
+    WeightLocation,
+    checkpoint_locations,
+    external_value,
+    portable_graph,
+)
+from qwen_rt.quantization import key_offset_name
+
+if TYPE_CHECKING:
+    from qwen_rt.export.quantize.kv import KvPlan
 
 __all__ = ["COMPUTE_DTYPES", "cuda_graph_bytes", "graph_bytes", "lowered_graph"]
 
@@ -25,6 +37,7 @@ def lowered_graph(
     exported: ir.Model | None = None,
     quantized: Mapping[str, QuantizedLocation] | None = None,
     activations: str = "float32",
+    kv: KvPlan | None = None,
 ) -> ir.Model:
     """Make the graph of a target.
 
@@ -36,6 +49,8 @@ def lowered_graph(
         exported: A portable graph of this model, to be taken instead of tracing one; changed in place.
         quantized: Where the parts of each quantized matrix lie; `lm_head.weight` of a tied model may be among them.
         activations: Target cpu: `float32`, or `int8` to round what int8 and int4 matrices are multiplied by.
+        kv: How the KV cache is quantized; None for one of the activations' dtype. Where `locations` has the offsets,
+            the graph refers to them and to the biases there; else it holds those of the plan itself.
 
     Returns:
         A graph with the inputs and outputs of that target in `qwen_rt.tensors`. It is lowered from a float32 graph,
@@ -47,8 +62,22 @@ def lowered_graph(
     quantized = quantized or {}
     model = portable_graph(checkpoint, "float32", locations, exported, quantized)
     if target == "cuda":
-        return lower_cuda(model, checkpoint.spec, max_length, quantized)
-    return lower_cpu(model, checkpoint.spec, max_length, quantized, activations)
+        model = lower_cuda(model, checkpoint.spec, max_length, quantized, kv)
+    else:
+        model = lower_cpu(model, checkpoint.spec, max_length, quantized, activations, kv)
+    if kv is not None and key_offset_name(0) in locations:
+        _refer(model, kv, locations)
+    return model
+
+
+def _refer(model: ir.Model, kv: KvPlan, locations: Mapping[str, WeightLocation]) -> None:
+    """Let what a KV plan changes lie in files, as the other weights do."""
+    for name in kv.tensors():
+        if name in model.graph.initializers:
+            stored, value = external_value(name, locations[name]), model.graph.initializers[name]
+            if stored.dtype != value.dtype:
+                raise GraphError(f"{name} is stored as {stored.dtype}", f"{value.dtype}", "build again")
+            value.const_value = stored.const_value
 
 
 def graph_bytes(model: ir.Model) -> bytes:

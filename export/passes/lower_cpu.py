@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
@@ -10,11 +11,15 @@ from qwen_rt.export.passes.activation import fuse_silu
 from qwen_rt.export.passes.attention import fuse_group_query_attention
 from qwen_rt.export.passes.compute_dtype import set_compute_dtype
 from qwen_rt.export.passes.flatten import flatten_tokens
+from qwen_rt.export.passes.kv_cache_cpu import quantize_kv_cache
 from qwen_rt.export.passes.linear import fuse_linear, pack_qkv
 from qwen_rt.export.passes.norm import fuse_norm
 from qwen_rt.export.passes.quantized_linear import quantize_linear
 from qwen_rt.export.portable import QuantizedLocation
 from qwen_rt.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from qwen_rt.export.quantize.kv import KvPlan
 
 __all__ = ["lower_cpu"]
 
@@ -25,6 +30,7 @@ def lower_cpu(
     max_length: int,
     quantized: Mapping[str, QuantizedLocation] | None = None,
     activations: str = "float32",
+    kv: KvPlan | None = None,
 ) -> ir.Model:
     """Lower a portable graph for the CPU: float32 compute (ONNX Runtime has no bf16 product there), 12 nodes a layer.
 
@@ -34,6 +40,7 @@ def lower_cpu(
         max_length: Positions that the bundle can reach.
         quantized: Matrices that are stored quantized, and where; they have no data in `model`.
         activations: `float32`, or `int8` to round what int8 and int4 matrices are multiplied by.
+        kv: How keys and values are rounded before they are cached, in a float32 cache; None keeps them as they are.
 
     Returns:
         The same object, with the inputs and outputs of `qwen_rt.tensors`; past and present must be bound to the same
@@ -48,4 +55,5 @@ def lower_cpu(
         quantize_linear(model, quantized, activations)
     pack_qkv(model)
     fuse_norm(model)
-    return fuse_silu(model)
+    fuse_silu(model)
+    return model if kv is None else quantize_kv_cache(model, spec, kv)

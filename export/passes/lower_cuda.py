@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from qwen_rt import tensors
 from qwen_rt.errors import GraphError, UnsupportedModelError
 from qwen_rt.export.passes.decoder import EMBEDDING, HEAD, match_decoder
+from qwen_rt.export.passes.kv_cache_cpu import bias_tensor
 from qwen_rt.export.passes.plugin_node import OPSET_VERSION, plugin_node
 from qwen_rt.export.portable import QuantizedLocation, external_value
-from qwen_rt.ops import BLOCK_SIZE, DOMAIN, WEIGHT_FORMATS
-from qwen_rt.quantization import Scheme, part_name
+from qwen_rt.ops import BLOCK_SIZE, DOMAIN, KV_CACHE_FORMATS, WEIGHT_FORMATS
+from qwen_rt.quantization import Scheme, key_offset_name, part_name, value_offset_name
 from qwen_rt.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from qwen_rt.export.quantize.kv import KvPlan
 
 __all__ = ["LAST_O_PROJ", "LAYER_OPS", "check_cuda_shapes", "lower_cuda"]
 
@@ -31,6 +37,10 @@ LAYER_OPS = (
 has `LAST_O_PROJ` for its `o_proj_residual`: from there on only the rows whose logits are wanted are computed."""
 
 LAST_O_PROJ = "select_o_proj_residual"
+
+_CACHE_DTYPES = {"fp8": ir.DataType.FLOAT8E4M3FN, "int8": ir.DataType.INT8}
+_POOLS = (tensors.past_key, tensors.past_value), (tensors.present_key, tensors.present_value)
+_SCALES = (tensors.past_key_scale, tensors.past_value_scale), (tensors.present_key_scale, tensors.present_value_scale)
 
 _HEAD_DIMS = (64, 128)
 _MAX_GROUP = 16
@@ -58,7 +68,11 @@ def check_cuda_shapes(spec: ModelSpec) -> None:
 
 
 def lower_cuda(
-    model: ir.Model, spec: ModelSpec, max_length: int, quantized: Mapping[str, QuantizedLocation] | None = None
+    model: ir.Model,
+    spec: ModelSpec,
+    max_length: int,
+    quantized: Mapping[str, QuantizedLocation] | None = None,
+    kv: KvPlan | None = None,
 ) -> ir.Model:
     """Lower a portable graph to the ops of `qwen_rt.ops`, computing in bfloat16.
 
@@ -75,6 +89,8 @@ def lower_cuda(
         spec: The model's hyperparameters.
         max_length: Positions that the bundle can reach, at least 1.
         quantized: Matrices that are stored quantized, and where; they need no data in `model`.
+        kv: Format and offsets of a quantized KV cache; None for one of bfloat16. Its offsets, where a layer has any,
+            and what it leaves of the biases of k and v lie in the graph itself.
 
     Returns:
         A new model with the inputs and outputs of target `cuda` in `qwen_rt.tensors`. Weights are the initializers of
@@ -86,7 +102,9 @@ def lower_cuda(
     places = dict(quantized or {})
     matched = match_decoder(model, spec)
     weights = {name: _weight(name, value) for name, value in matched.items() if name not in places}
-    lowered = _Emitter(spec, max_length, weights, {name: Matrix.of(name, at) for name, at in places.items()}).run()
+    if kv is not None:
+        weights |= {name: _bias(name, left) for name, left in kv.tensors().items() if name in weights}
+    lowered = _Emitter(spec, max_length, weights, {name: Matrix.of(name, at) for name, at in places.items()}, kv).run()
     _check_ops(lowered, spec.num_layers)
     return lowered
 
@@ -96,6 +114,14 @@ def _weight(name: str, value: ir.Value) -> ir.Value:
     if value.dtype != ir.DataType.BFLOAT16:
         raise GraphError(f"weight {name} is stored as {value.dtype}", "BFLOAT16", "build with --precision bf16")
     return ir.Value(name=name, type=value.type, shape=value.shape, const_value=value.const_value)
+
+
+def _inline(name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+
+
+def _bias(name: str, left: NDArray[np.float32]) -> ir.Value:
+    return _inline(name, bias_tensor(name, left, ir.DataType.BFLOAT16))
 
 
 @dataclass(frozen=True)
@@ -119,12 +145,18 @@ class _Emitter:
     """Writes the lowered graph."""
 
     def __init__(
-        self, spec: ModelSpec, max_length: int, weights: Mapping[str, ir.Value], quantized: Mapping[str, Matrix]
+        self,
+        spec: ModelSpec,
+        max_length: int,
+        weights: Mapping[str, ir.Value],
+        quantized: Mapping[str, Matrix],
+        kv: KvPlan | None,
     ) -> None:
-        self.spec, self.max_length, self.weights, self.quantized = spec, max_length, weights, quantized
+        self.spec, self.max_length, self.weights, self.quantized, self.kv = spec, max_length, weights, quantized, kv
+        self.offsets: list[ir.Value] = []
         self.nodes: list[ir.Node] = []
         self.cache_shape = ("blocks", spec.num_kv_heads, BLOCK_SIZE, spec.head_dim)
-        i32, i64, bf16 = ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BFLOAT16
+        i32, i64, f32 = ir.DataType.INT32, ir.DataType.INT64, ir.DataType.FLOAT
         edges = [
             _graph_input(tensors.INPUT_IDS, i64, "R"),
             _graph_input(tensors.POSITIONS, i64, "R"),
@@ -133,19 +165,15 @@ class _Emitter:
             _graph_input(tensors.LOGITS_INDICES, i64, "B"),
             _graph_input(tensors.WORKSPACE, ir.DataType.UINT8, "W"),
         ]
-        caches = [
-            _graph_input(name(layer), bf16, *self.cache_shape)
-            for layer in range(spec.num_layers)
-            for name in (tensors.past_key, tensors.past_value)
-        ]
+        cache = ir.DataType.BFLOAT16 if kv is None else _CACHE_DTYPES[kv.kv_format]
+        caches: list[ir.Value] = []
+        for layer in range(spec.num_layers):
+            caches += [_graph_input(name(layer), cache, *self.cache_shape) for name in _POOLS[0]]
+            if kv is not None:
+                caches += [_graph_input(name(layer), f32, *self.cache_shape[:-1]) for name in _SCALES[0]]
         self.inputs = {str(value.name): value for value in (*edges, *caches)}
-        frequencies = ir.tensor(spec.rope.inv_freq(spec.head_dim).astype(np.float32), name="/model/rotary_emb/inv_freq")
-        self.inv_freq = ir.Value(
-            name=frequencies.name,
-            type=ir.TensorType(ir.DataType.FLOAT),
-            shape=ir.Shape((spec.head_dim // 2,)),
-            const_value=frequencies,
-        )
+        name = "/model/rotary_emb/inv_freq"
+        self.inv_freq = _inline(name, ir.tensor(spec.rope.inv_freq(spec.head_dim).astype(np.float32), name=name))
 
     def run(self) -> ir.Model:
         spec = self.spec
@@ -173,6 +201,7 @@ class _Emitter:
                 *self.weights.values(),
                 *(part for matrix in self.quantized.values() for part in matrix.parts.values()),
                 self.inv_freq,
+                *self.offsets,
             ],
             opset_imports={"": 24, DOMAIN: OPSET_VERSION},
             name="qwen2",
@@ -197,28 +226,7 @@ class _Emitter:
             [("R", q_width + 2 * kv_width)],
             epsilon | form,
         )
-        attended, *written = self._add(
-            "rope_kv_append_attention",
-            f"{path}/self_attn",
-            {
-                "qkv": qkv,
-                "positions": self.inputs[tensors.POSITIONS],
-                "query_starts": self.inputs[tensors.QUERY_STARTS],
-                "inv_freq": self.inv_freq,
-                "block_tables": self.inputs[tensors.BLOCK_TABLES],
-                "k_cache": self.inputs[tensors.past_key(layer)],
-                "v_cache": self.inputs[tensors.past_value(layer)],
-            },
-            [("R", q_width), self.cache_shape, self.cache_shape],
-            {
-                "scale": spec.head_dim**-0.5,
-                "rope_scaling": spec.rope.attention_scaling,
-                "max_length": float(self.max_length),
-            },
-        )
-        for value, present in zip(written, (tensors.present_key, tensors.present_value), strict=True):
-            value.name = present(layer)
-            presents.append(value)
+        attended = self._attention(qkv, layer, presents)
         o_proj, form = self._matrices({"": f"{name}.self_attn.o_proj.weight"})
         attention = {"attention": attended, "residual": hidden, **o_proj}
         is_last = layer == spec.num_layers - 1
@@ -237,6 +245,54 @@ class _Emitter:
         down = {"activation": activation, "residual": hidden, **down_proj}
         (hidden,) = self._add("down_residual", f"{path}/mlp", down, stream, form)
         return hidden
+
+    def _attention(self, qkv: ir.Value, layer: int, presents: list[ir.Value]) -> ir.Value:
+        """Attention of a layer over its cache; what it writes is added to `presents`."""
+        spec, inputs = self.spec, self.inputs
+        given = {
+            "qkv": qkv,
+            "positions": inputs[tensors.POSITIONS],
+            "query_starts": inputs[tensors.QUERY_STARTS],
+            "inv_freq": self.inv_freq,
+            "block_tables": inputs[tensors.BLOCK_TABLES],
+            "k_cache": inputs[tensors.past_key(layer)],
+            "v_cache": inputs[tensors.past_value(layer)],
+        }
+        attributes = {
+            "scale": spec.head_dim**-0.5,
+            "rope_scaling": spec.rope.attention_scaling,
+            "max_length": float(self.max_length),
+        }
+        width = spec.num_heads * spec.head_dim
+        shapes: list[tuple[int | str, ...]] = [("R", width), self.cache_shape, self.cache_shape]
+        names = list(_POOLS[1])
+        if self.kv is not None:
+            given["k_scales"] = inputs[tensors.past_key_scale(layer)]
+            given["v_scales"] = inputs[tensors.past_value_scale(layer)]
+            given |= self._layer_offsets(self.kv, layer)
+            attributes["kv_format"] = float(KV_CACHE_FORMATS[self.kv.kv_format])
+            shapes += [self.cache_shape[:-1]] * 2
+            names += _SCALES[1]
+        path = f"/model/layers.{layer}/self_attn"
+        attended, *written = self._add("rope_kv_append_attention", path, given, shapes, attributes)
+        for value, present in zip(written, names, strict=True):
+            value.name = present(layer)
+            presents.append(value)
+        return attended
+
+    def _layer_offsets(self, kv: KvPlan, layer: int) -> dict[str, ir.Value]:
+        """Offsets of a layer's cache, as inputs of its attention; none where they are zero."""
+        plan = kv.layers[layer]
+        found = {
+            key: _inline(name, ir.tensor(offset, name=name))
+            for key, name, offset in (
+                ("k_offset", key_offset_name(layer), plan.key_offset),
+                ("v_offset", value_offset_name(layer), plan.value_offset),
+            )
+            if offset.any()
+        }
+        self.offsets += found.values()
+        return found
 
     def _matrices(
         self, names: Mapping[str, str], weight: str = "weight"

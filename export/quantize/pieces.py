@@ -20,15 +20,17 @@ __all__ = ["EditedRows", "MatrixEdit", "quantized_piece", "stored_piece", "vecto
 
 @dataclass(frozen=True, eq=False)
 class MatrixEdit:
-    """Factors that a matrix is multiplied by before it is quantized; powers of two, so that nothing is rounded.
+    """What a matrix is multiplied by before it is quantized, and what counts when it is.
 
     Attributes:
-        rows: float32 [N], or None.
-        columns: float32 [K], or None.
+        rows: float32 [N], or None. Powers of two, so that nothing is rounded.
+        columns: float32 [K], or None; likewise.
+        importance: float32 [K], or None: see `quantize_rows`.
     """
 
     rows: NDArray[np.float32] | None = None
     columns: NDArray[np.float32] | None = None
+    importance: NDArray[np.float32] | None = None
 
 
 class EditedRows:
@@ -61,7 +63,13 @@ class EditedRows:
         return rows
 
 
-def quantized_piece(source: RowSource, name: str, scheme: Scheme, stored_name: str | None = None) -> Piece:
+def quantized_piece(
+    source: RowSource,
+    name: str,
+    scheme: Scheme,
+    stored_name: str | None = None,
+    importance: NDArray[np.float32] | None = None,
+) -> Piece:
     """A matrix that is quantized while it is written; scales and zero points are kept and written behind it.
 
     Args:
@@ -69,11 +77,12 @@ def quantized_piece(source: RowSource, name: str, scheme: Scheme, stored_name: s
         name: Which matrix.
         scheme: What to store; not permuted.
         stored_name: Name in the file; None for the same.
+        importance: float32 [K], that of the matrix's `MatrixEdit`.
     """
     shape = source.shape(name)
 
     def quantize(start: int, stop: int) -> QuantizedTensor:
-        return quantize_rows(name, source.rows(name, start, stop), scheme, start)
+        return quantize_rows(name, source.rows(name, start, stop), scheme, start, importance)
 
     def blocks(pool: Executor) -> Iterator[bytes]:
         rest: dict[str, list[NDArray[Any]]] = {}

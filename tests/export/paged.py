@@ -27,6 +27,11 @@ Chunk = tuple[int, NDArray[np.int64]]
 """A sequence's number and its next tokens, int64[S]."""
 
 CACHES = ((tensors.past_key, tensors.present_key), (tensors.past_value, tensors.present_value))
+SCALES = (
+    (tensors.past_key_scale, tensors.present_key_scale),
+    (tensors.past_value_scale, tensors.present_value_scale),
+)
+KV_DTYPES: dict[str, Any] = {"fp8": ml_dtypes.float8_e4m3fn, "int8": np.int8}
 
 
 def proto_of(model: ir.Model) -> onnx.ModelProto:
@@ -34,9 +39,9 @@ def proto_of(model: ir.Model) -> onnx.ModelProto:
     return ir.serde.serialize_model(model)
 
 
-def shared_name(spec: ModelSpec) -> list[tuple[str, str]]:
-    """Past and present name of every cache."""
-    return [(past(i), present(i)) for i in range(spec.num_layers) for past, present in CACHES]
+def shared_name(spec: ModelSpec, names: tuple[Any, ...] = CACHES) -> list[tuple[str, str]]:
+    """Past and present name of every cache, or of all that `names` has for a layer."""
+    return [(past(i), present(i)) for i in range(spec.num_layers) for past, present in names]
 
 
 class DenseModel:
@@ -79,11 +84,19 @@ class PagedModel:
     """A lowered graph on the numpy references: all sequences share a pool of blocks in random order.
 
     Every slot that no token was written to holds `poison`, block 0 and the blocks of nobody too; so do the entries of
-    block tables that nothing may read, and in a decode step `query_starts` and `logits_indices`.
+    block tables that nothing may read, and in a decode step `query_starts` and `logits_indices`. With a `kv_format` so
+    do the scales, and the eight bits hold what comes closest: no number in fp8, the largest in int8.
     """
 
     def __init__(
-        self, model: ir.Model, weights: Path, spec: ModelSpec, capacity: int, bf16: bool = False, poison: float = np.nan
+        self,
+        model: ir.Model,
+        weights: Path,
+        spec: ModelSpec,
+        capacity: int,
+        bf16: bool = False,
+        poison: float = np.nan,
+        kv_format: str | None = None,
     ) -> None:
         self.spec = spec
         proto = proto_of(model)
@@ -93,8 +106,14 @@ class PagedModel:
         num_blocks = 1 + 6 * self.max_blocks
         self.free = [int(block) for block in 1 + np.random.default_rng(0).permutation(num_blocks - 1)]
         shape = (num_blocks, spec.num_kv_heads, BLOCK_SIZE, spec.head_dim)
-        dtype = ml_dtypes.bfloat16 if bf16 else np.float64
-        self.pool: Feeds = {past: np.full(shape, poison, dtype) for past, _ in shared_name(spec)}
+        dtype = KV_DTYPES.get(str(kv_format), ml_dtypes.bfloat16 if bf16 else np.float64)
+        filling = -128 if kv_format == "int8" else poison
+        self.shared = shared_name(spec)
+        self.pool: Feeds = {past: np.full(shape, filling, dtype) for past, _ in self.shared}
+        if kv_format is not None:
+            scales = shared_name(spec, SCALES)
+            self.pool |= {past: np.full(shape[:3], poison, np.float32) for past, _ in scales}
+            self.shared += scales
         self.blocks: dict[int, list[int]] = {}
         self.lengths: dict[int, int] = {}
 
@@ -127,20 +146,20 @@ class PagedModel:
         found = dict(zip(self.evaluator.output_names, self.evaluator.run(None, feeds), strict=True))
         written = [name for name, array in self.pool.items() if array.tobytes() != before[name]]
         assert not written, f"{written} should have been copied, not written in place"
-        self.pool = {past: found[present] for past, present in shared_name(self.spec)}
+        self.pool = {past: found[present] for past, present in self.shared}
         logits: NDArray[np.float64] = found[tensors.LOGITS]
         return logits
 
     def cached(self, sequence: int) -> dict[str, NDArray[Any]]:
-        """Past name → the valid rows of a sequence, [Hkv, T, D]."""
+        """Past name → the valid rows of a sequence, [Hkv, T, D], as numbers; of scales, by which they count, [Hkv, T]."""
         found = {}
         for name, pool in self.pool.items():
-            own = pool[self.blocks[sequence]].swapaxes(0, 1)  # [Hkv, blocks, 64, D]
-            found[name] = own.reshape(own.shape[0], -1, own.shape[3])[:, : self.lengths[sequence]]
+            own = pool[self.blocks[sequence]].swapaxes(0, 1)  # [Hkv, blocks, 64, …]
+            found[name] = own.reshape(own.shape[0], -1, *own.shape[3:])[:, : self.lengths[sequence]].astype(np.float64)
         return found
 
     def untouched(self) -> dict[str, NDArray[Any]]:
-        """Past name → every slot that holds no token, [slots, D]: all `poison`, if nothing was written astray."""
+        """Past name → every slot that holds no token, [slots, …]: all `poison`, if nothing was written astray."""
         used = np.zeros((len(next(iter(self.pool.values()))), BLOCK_SIZE), bool)
         for sequence, own in self.blocks.items():
             for index in range(self.lengths[sequence]):

@@ -84,6 +84,17 @@ def test_outputs_come_in_the_order_of_the_prompts(nano: LLM) -> None:
     assert [o.prompt_token_ids for o in outputs] == [tuple(nano.tokenizer.encode(text)) for text in texts]
 
 
+def test_each_output_comes_as_soon_as_it_has_ended(nano: LLM) -> None:
+    prompts = ["What is 12345 * 678?", "7", "What is 2 + 2?"]
+    settings = [SamplingParams(temperature=0.0, max_tokens=most) for most in (40, 1, 5)]
+    found = list(nano.generate_each(prompts, settings))
+    assert [index for index, _ in found] == [1, 2, 0]
+    expected = nano.generate(prompts, settings)
+    assert all(output.token_ids == expected[index].token_ids for index, output in found)
+    with pytest.raises(UsageError, match="no prompt"):
+        nano.generate_each([])
+
+
 def test_each_prompt_may_have_its_own_settings(nano: LLM, prompt: list[int], answer: RequestOutput) -> None:
     settings = [SamplingParams(temperature=0.0, max_tokens=n) for n in (1, 5, 400)]
     outputs = nano.generate([prompt] * 3, settings)

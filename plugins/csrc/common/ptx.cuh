@@ -67,6 +67,11 @@ __device__ __forceinline__ void copy16_async(uint32_t destination, const void* s
                  : "memory");
 }
 
+// Copies 16 bytes, or writes as many zeros where `size` is 0; then the source is not read.
+__device__ __forceinline__ void copy16_or_zero_async(uint32_t destination, const void* source, int size) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(size) : "memory");
+}
+
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int kPending>
@@ -117,5 +122,11 @@ __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
     __nv_bfloat162 v = __hmul2(*reinterpret_cast<__nv_bfloat162*>(&a), *reinterpret_cast<__nv_bfloat162*>(&b));
     return *reinterpret_cast<uint32_t*>(&v);
 }
+
+__device__ __forceinline__ uint4 multiply_pairs(uint4 a, uint4 b) {
+    return make_uint4(multiply_pairs(a.x, b.x), multiply_pairs(a.y, b.y), multiply_pairs(a.z, b.z), multiply_pairs(a.w, b.w));
+}
+
+__device__ __forceinline__ uint4 multiply_pairs(uint4 a, uint32_t b) { return multiply_pairs(a, make_uint4(b, b, b, b)); }
 
 }  // namespace qwen_rt

@@ -1,132 +1,62 @@
 // The engine of all decode matrices: y[n, m] = sum_k x[n, k] · w[m, k] for few rows n, at the speed of reading w once.
 //
-// Weights w are bf16[m, k] row-major as in the checkpoint, nothing is repacked.
+// Weights w are [m, k] row-major as stored, bf16 or quantized; nothing is repacked. Formats: skinny_format.cuh.
 //
-// Numerics: bf16 products, f32 accumulators. Each of the 8 warps sums its 64 of every 512 k in ascending order, then the
-//   8 sums are added in warp order. That order is the same for every number of rows, in every variant: a row's result is
-//   bit for bit the same alone, among any batch mates, and on any number of SMs.
+// Numerics: bf16 products, f32 accumulators. Each of the 8 warps sums its slice (128 bytes of a row; 64 of int4) of every
+//   chunk of eight in ascending order, then the 8 sums are added in warp order. That order is the same for every number of
+//   rows, in every variant: a row's result is bit for bit the same alone, among any batch mates, and on any number of SMs.
 //   With a norm, x · norm_weight is rounded to bf16 and 1 / rms is applied to the f32 sum, so that nothing waits for it.
+//   Scales of rows multiply the finished f32 sum, scales of groups the f32 sum of a slice; groups of less than 128 columns
+//   multiply the weights, which are rounded to bf16.
 // Mapping: a persistent grid of one block of 8 warps per SM; block b owns the output units [b U / G, (b + 1) U / G), each
 //   with all of k, so no sums cross blocks and all SMs read the same number of bytes to within one row. Every warp streams
-//   its own 128-byte line of each weight row, and of x, through its own ring in shared memory (16-byte async copies; the
-//   halves of odd rows' lines are swapped, which makes the 16-byte loads free of bank conflicts): warps meet only to add up.
+//   its own line of each weight row, and of x, through its own ring in shared memory (16-byte async copies; the halves of odd
+//   rows' lines are swapped, which makes the 16-byte loads free of bank conflicts): warps meet only to add up.
 //   mma.m16n8k16 takes weights as A and activations as B. A thread's 16 contiguous bytes stand in for the fragment's
 //   scattered k: the same permutation of k on both operands leaves the product as it is.
 // Overlap: weights do not depend on earlier kernels, so the rings are filled before the wait. The next kernel is let in
 //   shortly before this one has issued its last copy: its blocks start as soon as an SM has room for them.
-// Cost: 2 k bytes per unit (4 k per pair) from memory, once; x is read again for every group of tiles, from L2, unless it
+// Cost: the stored bytes of a unit's rows from memory, once; x is read again for every group of tiles, from L2, unless it
 //   is resident: then the first group leaves x ∘ norm_weight in shared memory, each lane the 16 bytes that it alone reads,
 //   and the rings carry weights only.
 #pragma once
 
-#include "launch.cuh"
-#include "ptx.cuh"
+#include "skinny_params.cuh"
 
 namespace qwen_rt {
 
-enum class Epilogue {
-    kBias,      // bf16(y / rms + bias)
-    kResidual,  // bf16(residual + y)
-    kSiluGate,  // bf16(silu(y_gate / rms) · y_up / rms)
-    kLogits,    // f32(y / rms)
-};
-
-struct SkinnyParams {
-    const bf16* x;            // [rows, k]
-    const bf16* norm_weight;  // [k], or null
-    const bf16* weight[3];    // up to three matrices below each other (gate and up: beside each other)
-    const bf16* bias[3];      // each may be null
-    int segment_end[3];       // first unit after each matrix
-    const bf16* residual;     // [rows, units]
-    void* out;                // [rows, units]
-    int rows, k, units;
-    float epsilon;
-    int tile_units;  // units of a tile: at most 16, or 8 pairs; evened out over a block's tiles
-    int trigger;
-};
-
-constexpr int kWarps = 8;
-constexpr int kSlice = 64;                  // k of a warp in one chunk: one 128-byte line of a weight row
-constexpr int kChunk = kWarps * kSlice;     // k of one chunk
-constexpr int kSkinnyThreads = kWarps * 32;
-constexpr int kTileBytes = 16 * kSlice * 2;  // a warp's line of the 16 rows of a tile
-constexpr int kReduceStride = 20;              // floats: 16 sums of a column, padded
-
-// Columns (activation rows) whose sums are added up together.
-__host__ __device__ constexpr int reduce_columns(int n_tiles) { return n_tiles == 1 ? 8 : 16; }
-__host__ __device__ constexpr int reduce_bytes(int n_tiles) { return kWarps * reduce_columns(n_tiles) * kReduceStride * 4; }
-__host__ __device__ constexpr int squares_bytes(int n_tiles) { return kWarps * n_tiles * 8 * 4; }
-__host__ __device__ constexpr int norm_bytes(bool has_norm, int k) { return has_norm ? (k * 2 + 127) / 128 * 128 : 0; }
-// What a warp keeps of one chunk: weights of all tiles of a group, and x (rows 0: where x is resident).
-__host__ __device__ constexpr int stage_bytes(int m_tiles, int rows) { return m_tiles * kTileBytes + rows * 128; }
-// A warp's slices of all of x, where it is resident.
-__host__ __device__ constexpr int resident_bytes(int rows, int k) { return (k + kChunk - 1) / kChunk * rows * 128; }
-
-struct Units {
-    int first, count;
-};
-
-// Row `unit` of the matrices; `is_up` tells which of a pair.
-template <Epilogue kEpilogue>
-__device__ __forceinline__ const bf16* weight_row(const SkinnyParams& p, int unit, bool is_up) {
-    if constexpr (kEpilogue == Epilogue::kBias) {
-        const int segment = (unit >= p.segment_end[0]) + (unit >= p.segment_end[1]);
-        const bf16* base = segment == 0 ? p.weight[0] : segment == 1 ? p.weight[1] : p.weight[2];
-        const int before = segment == 0 ? 0 : segment == 1 ? p.segment_end[0] : p.segment_end[1];
-        return base + static_cast<int64_t>(unit - before) * p.k;
-    } else {
-        return (kEpilogue == Epilogue::kSiluGate && is_up ? p.weight[1] : p.weight[0]) + static_cast<int64_t>(unit) * p.k;
-    }
-}
-
-// Bias or residual of an output element.
-template <Epilogue kEpilogue>
-__device__ __forceinline__ float addend_of(const SkinnyParams& p, int row, int unit) {
-    if constexpr (kEpilogue == Epilogue::kResidual) {
-        const auto* from = reinterpret_cast<const unsigned short*>(p.residual) + static_cast<int64_t>(row) * p.units + unit;
-        return __uint_as_float(static_cast<uint32_t>(__ldcg(from)) << 16);
-    } else {
-        const int segment = (unit >= p.segment_end[0]) + (unit >= p.segment_end[1]);
-        const bf16* base = segment == 0 ? p.bias[0] : segment == 1 ? p.bias[1] : p.bias[2];
-        const int before = segment == 0 ? 0 : segment == 1 ? p.segment_end[0] : p.segment_end[1];
-        return base == nullptr ? 0.f : __bfloat162float(base[unit - before]);
-    }
-}
-
-__device__ __forceinline__ float add_squares(float sum, uint4 v) {
-    const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const float2 f = unpack(pairs[i]);
-        sum = fmaf(f.x, f.x, sum);
-        sum = fmaf(f.y, f.y, sum);
-    }
-    return sum;
-}
-
 // ---------------------------------------------------------------- kernel
 
-// kNTiles: activation rows / 8; kMTiles: 16-row tiles of weights in a group; kStages: chunks under way; kResident: x stays.
-// The inner loop is short on purpose: unrolled by stages and tiles it missed the instruction cache and ran at 3 TB/s.
-template <Epilogue kEpilogue, bool kNorm, int kNTiles, int kMTiles, int kStages, bool kResident>
-__global__ void __launch_bounds__(kSkinnyThreads, kNTiles <= 2 && !kResident ? 2 : 1) skinny_gemm(const __grid_constant__ SkinnyParams p) {
-    extern __shared__ __align__(128) unsigned char shared[];
+// kNTiles: activation rows / 8; kMTiles: 16-row tiles of weights in a group; kStages: lines under way; kResident: x stays;
+// kParts: lines of a slice.
+// The inner loop is short on purpose: unrolled by stages it missed the instruction cache and ran at 3 TB/s.
+template <Format kFormat, Scaling kScaling, bool kNorm, int kNTiles, int kMTiles, int kStages, bool kResident, int kParts>
+__global__ void __launch_bounds__(kSkinnyThreads, kNTiles <= 2 && kMTiles <= 3 && !kResident && kScaling != Scaling::kFine ? 2 : 1)
+    skinny_gemm(const __grid_constant__ SkinnyParams p) {
+    using Slice = SliceOf<kFormat, kParts>;
+    constexpr bool kGrouped = kScaling == Scaling::kGroups, kFine = kScaling == Scaling::kFine;
+    constexpr bool kHasScales = kGrouped || kFine;  // in shared memory
+    constexpr bool kHasZero = kGrouped && kFormat != Format::kFp8;
     static_assert(kNorm || !kResident, "what is read once need not stay");
-    constexpr bool kPairs = kEpilogue == Epilogue::kSiluGate;
-    constexpr int kUnitsPerTile = kPairs ? 8 : 16;
+    static_assert(!kGrouped || kParts == 1, "a group's scale meets the sum of a whole slice");
+    extern __shared__ __align__(128) unsigned char shared[];
     constexpr int kColumns = reduce_columns(kNTiles);
     constexpr int kRounds = kNTiles * 8 / kColumns;
 
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+    const bool is_pairs = p.epilogue == Epilogue::kSiluGate;
     float* squares = reinterpret_cast<float*>(shared);   // [warp][column]
     float* sums = squares + squares_bytes(kNTiles) / 4;  // [warp][column][20]
-    const int bytes_of_stage = stage_bytes(kMTiles, kResident ? 0 : p.rows);
-    const int bytes_of_x = kResident ? resident_bytes(p.rows, p.k) : 0;
+    const int bytes_of_stage = stage_bytes<Slice>(kMTiles, kResident ? 0 : p.rows);
+    const int bytes_of_x = kResident ? resident_bytes<Slice>(p.rows, p.k) : 0;
     const uint32_t norm = smem_address(shared) + squares_bytes(kNTiles) + reduce_bytes(kNTiles);
-    const uint32_t resident = norm + norm_bytes(kNorm, p.k) + warp * bytes_of_x;
-    const uint32_t ring = norm + norm_bytes(kNorm, p.k) + kWarps * bytes_of_x + warp * kStages * bytes_of_stage;
+    const uint32_t scales = norm + norm_bytes(kNorm, p.k);
+    [[maybe_unused]] const ScaleRow scale_row = scale_row_of(kFormat, p);
+    const int bytes_of_scales = kHasScales ? scale_buffer_bytes(scale_row, kMTiles) : 0;
+    const uint32_t rings = scales + p.scale_buffers * bytes_of_scales;
+    const uint32_t resident = rings + warp * bytes_of_x;
+    const uint32_t ring = rings + kWarps * bytes_of_x + warp * kStages * bytes_of_stage;
     const uint32_t ring_end = ring + kStages * bytes_of_stage;
-    const int num_chunks = (p.k + kChunk - 1) / kChunk;
     const int begin = static_cast<int>(static_cast<int64_t>(p.units) * blockIdx.x / gridDim.x);
     const int num_units = static_cast<int>(static_cast<int64_t>(p.units) * (blockIdx.x + 1) / gridDim.x) - begin;
     const int group_units = kMTiles * p.tile_units;
@@ -134,14 +64,28 @@ __global__ void __launch_bounds__(kSkinnyThreads, kNTiles <= 2 && !kResident ? 2
     const auto units_of_group = [&](int group) -> Units {
         return {begin + group * group_units, min(group_units, num_units - group * group_units)};
     };
-    int until_trigger = num_groups * num_chunks - p.trigger;
+
+    // A warp's lines: all warps take the same number of turns, the last warps may have nothing in the last of them.
+    const int row_bytes = static_cast<int>(row_bytes_of(kFormat, p.k));
+    const int num_slices = (row_bytes + Slice::kSliceBytes - 1) / Slice::kSliceBytes;
+    const int num_turns = (num_slices + kWarps - 1) / kWarps * kParts;
+    const int my_slices = (num_slices - warp + kWarps - 1) / kWarps;
+    const bool is_cut = kParts == 2 && my_slices > 0 && ((my_slices - 1) * kWarps + warp) * Slice::kSliceBytes + Slice::kLineBytes >= row_bytes;
+    const int my_turns = my_slices * kParts - (is_cut ? 1 : 0);
+    const auto bytes_before = [](int turn) {
+        return kParts == 1 ? turn * kWarps * Slice::kSliceBytes
+                           : (turn >> 1) * kWarps * Slice::kSliceBytes + (turn & 1) * Slice::kLineBytes;
+    };
+    int until_trigger = num_groups * num_turns - p.trigger;
     if (until_trigger <= 0 || p.trigger == 0) let_next_grid_start();
 
-    // The loader runs kStages chunks ahead of the products. A lane copies 16 bytes of every fourth row of a tile.
+    // The loader runs kStages lines ahead of the products. A lane copies 16 bytes of every fourth (eighth) row of a tile.
+    constexpr int kLanesOfRow = Slice::kLineBytes / 16, kRowsOfCopy = 32 / kLanesOfRow, kCopies = 16 / kRowsOfCopy;
     const uint64_t policy = evict_first_policy();
-    const int lane_row = lane >> 3, lane_k = warp * kSlice + (lane & 7) * 8;
-    const uint32_t lane_to = lane_row * 128 + (((lane & 7) ^ ((lane_row & 1) << 2)) << 4);
-    const bf16* row_at[kMTiles][4];
+    const int lane_row = lane / kLanesOfRow, lane_chunk = lane % kLanesOfRow;
+    const int lane_at = warp * Slice::kSliceBytes + lane_chunk * 16;  // bytes into a chunk's row
+    const uint32_t lane_to = lane_row * Slice::kLineBytes + (Slice::weight_chunk(lane_row, lane_chunk) << 4);
+    const unsigned char* row_at[kMTiles][kCopies];
     uint32_t has_row = 0;
     const auto find_rows = [&](int group) {
         const Units u = units_of_group(group);
@@ -149,94 +93,118 @@ __global__ void __launch_bounds__(kSkinnyThreads, kNTiles <= 2 && !kResident ? 2
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int row = i * 4 + lane_row, in_tile = kPairs ? row & 7 : row;  // of pairs, rows 8 to 15 are up's
-                const int unit = m * p.tile_units + in_tile;
-                const bool is_there = in_tile < p.tile_units && unit < u.count;
-                has_row |= static_cast<uint32_t>(is_there) << (m * 4 + i);
-                row_at[m][i] = weight_row<kEpilogue>(p, u.first + (is_there ? unit : 0), i >= 2) + lane_k;
+            for (int i = 0; i < kCopies; ++i) {
+                const TileRow row = tile_row(p, u, m, i * kRowsOfCopy + lane_row);
+                has_row |= static_cast<uint32_t>(row.is_there) << (m * kCopies + i);
+                row_at[m][i] = static_cast<const unsigned char*>(p.weight[row.matrix]) +
+                               static_cast<int64_t>(row.row) * row_bytes + lane_at;
             }
     };
-    const auto load_weights = [&](uint32_t stage, int chunk) {
+    const auto load_weights = [&](uint32_t stage, int turn) {
+        const int offset = bytes_before(turn);
+        // Of int4, and of other formats in lines of half a slice, a row may end within the line.
+        const uint32_t wanted = kFormat == Format::kBf16 || offset + lane_at < row_bytes ? has_row : 0;
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m)
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-                if (has_row >> (m * 4 + i) & 1)
-                    copy16_async(stage + lane_to + m * kTileBytes + i * 512, row_at[m][i] + chunk * kChunk, policy);
+            for (int i = 0; i < kCopies; ++i)
+                if (wanted >> (m * kCopies + i) & 1)
+                    copy16_async(stage + lane_to + m * Slice::kTileBytes + i * 512, row_at[m][i] + offset, policy);
     };
-    const bf16* x_at = p.x + static_cast<int64_t>(lane_row) * p.k + lane_k;
-    const auto x_of = [&](uint32_t stage, int chunk) -> uint32_t {
-        return kResident ? resident + chunk * p.rows * 128 : stage + kMTiles * kTileBytes;
+    constexpr int kLanesOfX = Slice::kXBytes / 16, kXOfCopy = 32 / kLanesOfX;
+    const int x_row = lane / kLanesOfX, x_chunk = lane % kLanesOfX;
+    const bf16* x_at = p.x + static_cast<int64_t>(x_row) * p.k + warp * Slice::kSliceK + x_chunk * 8;
+    const auto x_of = [&](uint32_t stage, int turn) -> uint32_t {
+        return kResident ? resident + turn * p.rows * Slice::kXBytes : stage + kMTiles * Slice::kTileBytes;
     };
-    const auto load_x = [&](uint32_t stage, int chunk) {
+    const auto load_x = [&](uint32_t stage, int turn) {
+        const int offset = bytes_before(turn) * 8 / Slice::kBits;
+        const int size = kFormat == Format::kBf16 || offset + warp * Slice::kSliceK + x_chunk * 8 < p.k ? 16 : 0;
 #pragma unroll
-        for (int i = 0; i < kNTiles * 2; ++i)
-            if (i * 4 + lane_row < p.rows)
-                copy16_async(x_of(stage, chunk) + lane_to + i * 512,
-                             x_at + static_cast<int64_t>(i) * 4 * p.k + chunk * kChunk);
+        for (int i = 0; i < kNTiles * 8 / kXOfCopy; ++i) {
+            const int row = i * kXOfCopy + x_row;
+            if (row < p.rows)
+                copy16_or_zero_async(x_of(stage, turn) + row * Slice::kXBytes + (Slice::x_chunk(row, x_chunk) << 4),
+                                     x_at + (size == 0 ? 0 : static_cast<int64_t>(i) * kXOfCopy * p.k + offset), size);
+        }
     };
-    const int num_slices = (p.k / kSlice - warp + kWarps - 1) / kWarps;  // chunks in which this warp has k: all, or all but one
-    int load_group = 0, load_chunk = 0;
+    int load_group = 0, load_turn = 0;
     const auto advance = [&] {
-        if (++load_chunk == num_chunks) {
-            load_chunk = 0;
+        if (++load_turn == num_turns) {
+            load_turn = 0;
             if (++load_group < num_groups) find_rows(load_group);
         }
         if (--until_trigger == 0) let_next_grid_start();
     };
+    const auto scales_of = [&](int group) { return scales + (p.scale_buffers > 1 && (group & 1) ? bytes_of_scales : 0); };
+    const auto load_scales = [&](int group) {
+        if constexpr (kHasScales)
+            if (group < num_groups) copy_scales(p, scale_row, units_of_group(group), kMTiles, scales_of(group));
+    };
     find_rows(0);
+    load_scales(0);
 #pragma unroll 1
     for (uint32_t stage = ring; stage < ring_end; stage += bytes_of_stage) {
         if (load_group < num_groups) {
-            if (load_chunk < num_slices) load_weights(stage, load_chunk);
+            if (load_turn < my_turns) load_weights(stage, load_turn);
             advance();
         }
     }
     if constexpr (kNorm) {
-        for (int i = threadIdx.x; i < p.k / 8; i += kSkinnyThreads)
-            store_shared(norm + i * 16, __ldg(reinterpret_cast<const uint4*>(p.norm_weight) + i));
+        constexpr bool kIsFp8 = kFormat == Format::kFp8 && !kFine;
+        for (int i = threadIdx.x; i < norm_bytes(kNorm, p.k) / 16; i += kSkinnyThreads) {
+            uint4 w = i < p.k / 8 ? __ldg(reinterpret_cast<const uint4*>(p.norm_weight) + i) : make_uint4(0, 0, 0, 0);
+            store_shared(norm + i * 16, kIsFp8 ? multiply_pairs(w, kFp8XScalePair) : w);
+        }
         __syncthreads();
     }
     wait_for_previous_grids();
     {
-        int chunk = 0;
+        int turn = 0;
         for (uint32_t stage = ring; stage < ring_end; stage += bytes_of_stage) {
-            if (chunk < num_slices) load_x(stage, chunk);
-            if (++chunk == num_chunks) {
+            if (turn < my_turns) load_x(stage, turn);
+            if (++turn == num_turns) {
                 if constexpr (kResident) break;
-                chunk = 0;
+                turn = 0;
             }
         }
         commit_copies();
     }
 
     // The output element of this thread in every reduction round.
-    const int my_unit = threadIdx.x % kUnitsPerTile, my_column = threadIdx.x / kUnitsPerTile;
+    const int units_of_tile = is_pairs ? 8 : 16;
+    const int my_unit = threadIdx.x & (units_of_tile - 1), my_column = static_cast<int>(threadIdx.x) / units_of_tile;
     const bool i_store = my_column < kColumns && my_unit < p.tile_units;
-    const uint32_t read_at = g * 128 + ((t ^ ((g & 1) << 2)) << 4);  // the other half of the line: ^ 64
+    // Chunks of a lane in a half of a line, of weights (rows g and g + 8 alike) and of x.
+    const auto weight_at = [&](int half) {
+        return static_cast<uint32_t>(g * Slice::kLineBytes + (Slice::weight_chunk(g, t + 4 * half) << 4));
+    };
+    const auto x_in = [&](int half, int vector) {
+        return static_cast<uint32_t>(g * Slice::kXBytes + (Slice::x_chunk(g, (t + 4 * half) * Slice::kXVectors + vector) << 4));
+    };
     float square_sum[kNTiles];
 #pragma unroll
     for (int n = 0; n < kNTiles; ++n) square_sum[n] = 0.f;
     uint32_t stage = ring;
     wait_copies<0>();  // the first stages: weights are there long since, mostly; x is needed now
+    if constexpr (kHasScales) __syncthreads();
 
     for (int group = 0; group < num_groups; ++group) {
         const Units u = units_of_group(group);
-        // Bias and residual are fetched before they are needed.
-        float addend[kMTiles][kRounds];
-        if constexpr (kEpilogue == Epilogue::kBias || kEpilogue == Epilogue::kResidual) {
-#pragma unroll
-            for (int m = 0; m < kMTiles; ++m) {
-                const int unit_in_group = m * p.tile_units + my_unit;
-#pragma unroll
-                for (int r = 0; r < kRounds; ++r) {
-                    const int row = r * kColumns + my_column, unit = u.first + unit_in_group;
-                    addend[m][r] = 0.f;
-                    if (i_store && unit_in_group < u.count && row < p.rows) addend[m][r] = addend_of<kEpilogue>(p, row, unit);
-                }
+        if constexpr (kHasScales) {
+            if (p.scale_buffers > 1) {
+                load_scales(group + 1);
+            } else if (group > 0) {
+                load_scales(group);
+                wait_copies<0>();
+                __syncthreads();
             }
         }
+        // What the sums meet at the end is fetched before it is needed.
+        Addends<kFormat, kMTiles, kRounds, kScaling == Scaling::kRow> addends;
+        addends.fetch(p, u, i_store, my_unit, my_column, kColumns);
+        [[maybe_unused]] ScaleRows<kFormat, kMTiles> scale_rows;
+        if constexpr (kHasScales) scale_rows.find(p, scale_row, u, g, shared + (scales_of(group) - smem_address(shared)));
 
         float sum[kMTiles][kNTiles][4];
 #pragma unroll
@@ -247,54 +215,112 @@ __global__ void __launch_bounds__(kSkinnyThreads, kNTiles <= 2 && !kResident ? 2
                 for (int i = 0; i < 4; ++i) sum[m][n][i] = 0.f;
 
 #pragma unroll 1
-        for (int chunk = 0; chunk < num_chunks; ++chunk) {
+        for (int turn = 0; turn < num_turns; ++turn) {
             wait_copies<kStages - 1>();
             __syncwarp();
-            if (chunk < num_slices) {
-                uint4 x[kNTiles][2];
+            if (turn < my_turns) {
+                const int first_k = bytes_before(turn) * 8 / Slice::kBits + warp * Slice::kSliceK;
+                [[maybe_unused]] float part[kGrouped ? kMTiles : 1][kNTiles][4] = {}, sum_x[kNTiles][4] = {};
 #pragma unroll
-                for (int n = 0; n < kNTiles; ++n)
+                for (int half = 0; half < Slice::kHalves; ++half) {
+                    uint4 x[kNTiles][Slice::kXVectors];
 #pragma unroll
-                    for (int half = 0; half < 2; ++half)
-                        x[n][half] = n * 8 + g < p.rows
-                                         ? load_shared(x_of(stage, chunk) + n * 1024 + (read_at ^ (half * 64)))
-                                         : make_uint4(0, 0, 0, 0);
-                if (kNorm && (!kResident || group == 0)) {
+                    for (int n = 0; n < kNTiles; ++n)
 #pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        const uint4 scale = load_shared(norm + (chunk * kChunk + warp * kSlice + t * 8 + half * 32) * 2);
+                        for (int v = 0; v < Slice::kXVectors; ++v) {
+                            x[n][v] = n * 8 + g < p.rows
+                                          ? load_shared(x_of(stage, turn) + n * 8 * Slice::kXBytes + x_in(half, v))
+                                          : make_uint4(0, 0, 0, 0);
+                        }
+                    if (!kResident || group == 0) {
 #pragma unroll
-                        for (int n = 0; n < kNTiles; ++n) {
-                            uint4& v = x[n][half];
-                            if (group == 0) square_sum[n] = add_squares(square_sum[n], v);
-                            v = make_uint4(multiply_pairs(v.x, scale.x), multiply_pairs(v.y, scale.y),
-                                           multiply_pairs(v.z, scale.z), multiply_pairs(v.w, scale.w));
-                            if (kResident && n * 8 + g < p.rows)
-                                store_shared(x_of(stage, chunk) + n * 1024 + (read_at ^ (half * 64)), v);
+                        for (int v = 0; v < Slice::kXVectors; ++v) {
+                            uint4 weight;
+                            if constexpr (kNorm)
+                                weight = load_shared(norm + (first_k + (t + 4 * half) * Slice::kLaneK + v * 8) * 2);
+#pragma unroll
+                            for (int n = 0; n < kNTiles; ++n) {
+                                if constexpr (kNorm) {
+                                    if (group == 0) square_sum[n] = add_squares(square_sum[n], x[n][v]);
+                                    x[n][v] = multiply_pairs(x[n][v], weight);
+                                } else if constexpr (kFormat == Format::kFp8 && !kFine) {
+                                    x[n][v] = multiply_pairs(x[n][v], kFp8XScalePair);
+                                }
+                                x[n][v] = in_order<kFormat>(x[n][v]);
+                                if (kResident && n * 8 + g < p.rows)
+                                    store_shared(x_of(stage, turn) + n * 8 * Slice::kXBytes + x_in(half, v), x[n][v]);
+                            }
+                        }
+                    }
+                    if constexpr (kHasZero) {
+#pragma unroll
+                        for (int s = 0; s < Slice::kSteps; ++s)
+#pragma unroll
+                            for (int n = 0; n < kNTiles; ++n) {
+                                const uint2 b = pair_of_pairs(x[n], s);
+                                mma_bf16(sum_x[n], kOnes, kOnes, kOnes, kOnes, b.x, b.y);
+                            }
+                    }
+#pragma unroll
+                    for (int m = 0; m < kMTiles; ++m) {
+                        if (m > 0 && m * p.tile_units >= u.count) continue;
+                        const uint32_t from = stage + m * Slice::kTileBytes + weight_at(half);
+                        const uint4 low = load_shared(from), high = load_shared(from + 8 * Slice::kLineBytes);
+                        const uint32_t lows[4] = {low.x, low.y, low.z, low.w}, highs[4] = {high.x, high.y, high.z, high.w};
+                        float(&d)[kNTiles][4] = kGrouped ? part[kGrouped ? m : 0] : sum[m];
+                        if constexpr (kFormat == Format::kBf16) {
+#pragma unroll
+                            for (int n = 0; n < kNTiles; ++n)
+#pragma unroll
+                                for (int s = 0; s < 2; ++s) {
+                                    const uint2 b = pair_of_pairs(x[n], s);
+                                    mma_bf16(d[n], lows[2 * s], highs[2 * s], lows[2 * s + 1], highs[2 * s + 1], b.x, b.y);
+                                }
+                        } else {
+                            constexpr int kStepsOfWord = Slice::kSteps / 4;
+#pragma unroll
+                            for (int word = 0; word < 4; ++word) {
+                                Pairs<kFormat> a(lows[word]), b(highs[word]);
+                                if constexpr (kFine) {
+                                    const int k = first_k + (t + 4 * half) * Slice::kLaneK + word * Slice::kLaneK / 4;
+                                    const int at = k >> p.group_shift;
+                                    a.scale(scale_rows.scale(m, 0, at), scale_rows.zero(m, 0, at));
+                                    b.scale(scale_rows.scale(m, 1, at), scale_rows.zero(m, 1, at));
+                                }
+#pragma unroll
+                                for (int s = 0; s < kStepsOfWord; ++s)
+#pragma unroll
+                                    for (int n = 0; n < kNTiles; ++n) {
+                                        const uint2 c = pair_of_pairs(x[n], word * kStepsOfWord + s);
+                                        mma_bf16(d[n], a.pair[2 * s], b.pair[2 * s], a.pair[2 * s + 1], b.pair[2 * s + 1], c.x, c.y);
+                                    }
+                            }
                         }
                     }
                 }
+                if constexpr (kGrouped) {
+                    const int at = first_k >> p.group_shift;
 #pragma unroll
-                for (int m = 0; m < kMTiles; ++m) {
-                    if (m > 0 && m * p.tile_units >= u.count) continue;
+                    for (int m = 0; m < kMTiles; ++m) {
+                        if (m > 0 && m * p.tile_units >= u.count) continue;
 #pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        const uint32_t from = stage + m * kTileBytes + (read_at ^ (half * 64));
-                        const uint4 low = load_shared(from), high = load_shared(from + 8 * 128);
+                        for (int h = 0; h < 2; ++h) {
+                            const float factor = scale_rows.scale(m, h, at) * (kFormat == Format::kFp8 ? kFp8SumScale : 1.f);
+                            const float zero = kHasZero ? scale_rows.zero(m, h, at) : 0.f;
 #pragma unroll
-                        for (int n = 0; n < kNTiles; ++n) {
-                            const uint4 b = x[n][half];
-                            mma_bf16(sum[m][n], low.x, high.x, low.y, high.y, b.x, b.y);
-                            mma_bf16(sum[m][n], low.z, high.z, low.w, high.w, b.z, b.w);
+                            for (int n = 0; n < kNTiles; ++n)
+#pragma unroll
+                                for (int i = 2 * h; i < 2 * h + 2; ++i)
+                                    sum[m][n][i] = fmaf(factor, fmaf(-zero, kHasZero ? sum_x[n][i] : 0.f, part[m][n][i]), sum[m][n][i]);
                         }
                     }
                 }
             }
             __syncwarp();
             if (load_group < num_groups) {
-                if (load_chunk < num_slices) {
-                    load_weights(stage, load_chunk);
-                    if (!kResident || load_group == 0) load_x(stage, load_chunk);
+                if (load_turn < my_turns) {
+                    load_weights(stage, load_turn);
+                    if (!kResident || load_group == 0) load_x(stage, load_turn);
                 }
                 advance();
             }
@@ -302,6 +328,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, kNTiles <= 2 && !kResident ? 2
             stage += bytes_of_stage;
             if (stage == ring_end) stage = ring;
         }
+        if (kHasScales && num_turns < kStages) wait_copies<0>();  // else the next group's scales came with an earlier stage
 
         if constexpr (kNorm) {
             if (group == 0) {
@@ -337,20 +364,17 @@ __global__ void __launch_bounds__(kSkinnyThreads, kNTiles <= 2 && !kResident ? 2
                     for (int w = 0; w < kWarps; ++w) {
                         const float* from = sums + (w * kColumns + my_column) * kReduceStride + my_unit;
                         value += from[0];
-                        if constexpr (kPairs) second += from[8];
-                        if constexpr (kNorm) mean += squares[w * kNTiles * 8 + row];
+                        if constexpr (kNorm) {
+                            if (is_pairs) second += from[8];
+                            mean += squares[w * kNTiles * 8 + row];
+                        }
                     }
-                    const float scale = kNorm ? rsqrtf(mean / static_cast<float>(p.k) + p.epsilon) : 1.f;
-                    const int64_t at = static_cast<int64_t>(row) * p.units + unit;
-                    if constexpr (kEpilogue == Epilogue::kLogits) {
-                        static_cast<float*>(p.out)[at] = value * scale;
-                    } else if constexpr (kPairs) {
-                        const float gate = value * scale;
-                        static_cast<bf16*>(p.out)[at] =
-                            __float2bfloat16(gate / (1.f + __expf(-gate)) * (second * scale));
-                    } else {
-                        static_cast<bf16*>(p.out)[at] = __float2bfloat16(fmaf(value, scale, addend[m][r]));
+                    if constexpr (kScaling == Scaling::kRow) {
+                        value *= addends.scale[m];
+                        second *= addends.second[m];
                     }
+                    const float inverse_rms = kNorm ? rsqrtf(mean / static_cast<float>(p.k) + p.epsilon) : 1.f;
+                    store_output<kNorm>(p, row, unit, value * inverse_rms, second * inverse_rms, addends.value[m][r]);
                 }
                 __syncthreads();
             }

@@ -1,0 +1,51 @@
+// The matrices of an op, whatever their format, and the way to the skinny kernel.
+#pragma once
+
+#include "skinny_params.cuh"
+
+namespace qwen_rt {
+
+// Where an op's matrices stand among its tensors.
+struct MatrixTensors {
+    int count;
+    int weight[3], scale[3], zero[3];
+    int perm;
+};
+
+// What a call says of its matrices; all are alike.
+struct Matrices {
+    Format format;
+    Scaling scaling;
+    const int32_t* perm;  // null: columns are in order
+    int count;
+    const void *weight[3], *scale[3], *zero[3];
+    int64_t groups;
+    int group_size;  // k where a row has one scale
+};
+
+// Reads and checks them: `k` columns, `groups` as in dims, `weight_format` as in attributes.
+int32_t read_matrices(const QwenRtCall& call, const MatrixTensors& where, int64_t k, int64_t groups, double weight_format,
+                      Matrices* found);
+
+// Enqueues the product. p: epilogue, x, norm_weight, bias, segments, residual, out, rows, k, units, epsilon; the rest is
+// worked out here. At most 64 rows, k a multiple of 64. Permuted columns need `scratch` for x and norm_weight in the
+// stored order, bf16[rows + 1, k]; null refuses them.
+int32_t launch_skinny(const QwenRtCall& call, const Matrices& matrices, SkinnyParams& p, void* scratch);
+
+// Bytes of that scratch, where dims say that matrices are quantized; counters are before it.
+int64_t workspace_skinny(int64_t rows, int64_t k, int64_t groups);
+
+// The scratch of a call: null without a workspace that is large enough.
+void* skinny_scratch(const QwenRtCall& call, int64_t needed);
+
+// One for each format: chooses the variant by rows, by the tiles of a block, and by what fits in shared memory.
+struct SkinnyGrid {
+    int blocks, tiles;  // tiles of a block
+    bool is_small;      // whether a block reads little
+};
+int32_t launch_skinny_bf16(const QwenRtCall& call, const Device& device, const SkinnyGrid& grid, const SkinnyParams& p, Scaling scaling);
+int32_t launch_skinny_fp8(const QwenRtCall& call, const Device& device, const SkinnyGrid& grid, const SkinnyParams& p, Scaling scaling);
+int32_t launch_skinny_int8(const QwenRtCall& call, const Device& device, const SkinnyGrid& grid, const SkinnyParams& p, Scaling scaling);
+int32_t launch_skinny_int4(const QwenRtCall& call, const Device& device, const SkinnyGrid& grid, const SkinnyParams& p, Scaling scaling);
+
+}  // namespace qwen_rt

@@ -1,0 +1,243 @@
+// What the skinny kernel is given and shares with its launchers: parameters, sizes of its shared memory, which row of which
+// matrix is which row of a tile, and what the sums meet at the end.
+#pragma once
+
+#include "launch.cuh"
+#include "skinny_format.cuh"
+
+namespace qwen_rt {
+
+enum class Epilogue {
+    kBias,      // bf16(y / rms + bias)
+    kResidual,  // bf16(residual + y)
+    kSiluGate,  // bf16(silu(y_gate / rms) · y_up / rms)
+    kLogits,    // f32(y / rms)
+};
+
+struct SkinnyParams {
+    Epilogue epilogue;
+    const bf16* x;            // [rows, k]
+    const bf16* norm_weight;  // [k], or null
+    const void* weight[3];    // up to three matrices below each other (gate and up: beside each other)
+    const void* scale[3];     // [rows of the matrix, groups]; f16 of int4, else f32
+    const void* zero[3];      // as stored; null if there are none
+    const bf16* bias[3];      // each may be null
+    int segment_end[3];       // first unit after each matrix
+    const bf16* residual;     // [rows, units]
+    void* out;                // [rows, units]
+    int rows, k, units;
+    float epsilon;
+    int groups;          // scales of a row
+    int group_shift;     // k >> it is the group; 31 where a row has one
+    int tile_units;      // units of a tile: at most 16, or 8 pairs; evened out over a block's tiles
+    int trigger;
+    int scale_buffers;   // 2 where scales of the next group of tiles come while those of this one are used
+};
+
+constexpr int kWarps = 8;
+constexpr int kSkinnyThreads = kWarps * 32;
+constexpr int kReduceStride = 20;            // floats: 16 sums of a column, padded
+constexpr uint32_t kOnes = 0x3f803f80u;      // bf16
+
+// Columns (activation rows) whose sums are added up together.
+__host__ __device__ constexpr int reduce_columns(int n_tiles) { return n_tiles == 1 ? 8 : 16; }
+__host__ __device__ constexpr int reduce_bytes(int n_tiles) { return kWarps * reduce_columns(n_tiles) * kReduceStride * 4; }
+__host__ __device__ constexpr int squares_bytes(int n_tiles) { return kWarps * n_tiles * 8 * 4; }
+// Norm weights, up to the end of the last slice.
+__host__ __device__ constexpr int norm_bytes(bool has_norm, int k) { return has_norm ? (k * 2 + 255) / 256 * 256 : 0; }
+// What a warp keeps of one turn: weights of all tiles of a group, and x (rows 0: where x is resident).
+template <class Slice>
+__host__ __device__ constexpr int stage_bytes(int m_tiles, int rows) {
+    return m_tiles * Slice::kTileBytes + rows * Slice::kXBytes;
+}
+// A warp's slices of all of x, where it is resident.
+template <class Slice>
+__host__ __device__ constexpr int resident_bytes(int rows, int k) {
+    constexpr int kChunkK = kWarps * Slice::kSliceK;
+    return (k + kChunkK - 1) / kChunkK * rows * Slice::kSliceK * 2;
+}
+
+struct Units {
+    int first, count;
+};
+
+// ---------------------------------------------------------------- rows
+
+struct TileRow {
+    int matrix, row;  // row 0 of the group where there is none
+    bool is_there;
+};
+
+// Row `unit` of the matrices that lie below each other.
+__device__ __forceinline__ TileRow row_of_unit(const SkinnyParams& p, int unit, bool is_there) {
+    if (p.epilogue != Epilogue::kBias) return {0, unit, is_there};
+    const int matrix = (unit >= p.segment_end[0]) + (unit >= p.segment_end[1]);
+    return {matrix, matrix == 0 ? unit : unit - p.segment_end[matrix - 1], is_there};
+}
+
+// Row `row` of tile `m` of a group. Of pairs, rows 0 to 7 are gate's and 8 to 15 up's.
+__device__ __forceinline__ TileRow tile_row(const SkinnyParams& p, Units u, int m, int row) {
+    const bool is_pairs = p.epilogue == Epilogue::kSiluGate;
+    const int in_tile = is_pairs ? row & 7 : row, unit = m * p.tile_units + in_tile;
+    const bool is_there = in_tile < p.tile_units && unit < u.count;
+    TileRow found = row_of_unit(p, u.first + (is_there ? unit : 0), is_there);
+    if (is_pairs) found.matrix = row >> 3;
+    return found;
+}
+
+__device__ __forceinline__ int rows_of(const SkinnyParams& p, int matrix) {
+    if (p.epilogue != Epilogue::kBias) return p.units;
+    return p.segment_end[matrix] - (matrix == 0 ? 0 : p.segment_end[matrix - 1]);
+}
+
+// ---------------------------------------------------------------- scales in shared memory
+
+// A row of scales keeps its place within 16 bytes, so that it can be copied 16 bytes at a time; an odd number of those
+// from row to row spreads rows over the banks.
+__host__ __device__ constexpr int padded_row(int bytes) { return ((bytes + 30) / 16 | 1) * 16; }
+
+struct ScaleRow {
+    int bytes, zero_bytes;  // of a row in memory
+};
+
+__host__ __device__ inline ScaleRow scale_row_of(Format format, const SkinnyParams& p) {
+    return {p.groups * scale_bytes_of(format), p.zero[0] == nullptr ? 0 : zero_row_bytes_of(format, p.groups)};
+}
+
+__host__ __device__ inline int scale_buffer_bytes(ScaleRow row, int m_tiles) {
+    return m_tiles * 16 * (padded_row(row.bytes) + (row.zero_bytes == 0 ? 0 : padded_row(row.zero_bytes)));
+}
+
+// Starts copying one row by the lanes of a block: item `item` of its 16-byte pieces.
+__device__ __forceinline__ void copy_piece(uint32_t to, const char* matrix, int64_t row, int bytes, int num_rows, int item) {
+    const char* from = matrix + row * bytes;
+    const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(from) & 15);
+    if (item * 16 >= shift + bytes) return;
+    from += item * 16 - shift;
+    const int64_t left = matrix + static_cast<int64_t>(num_rows) * bytes - from;  // to the end of the tensor
+    copy16_or_zero_async(to + item * 16, from, left < 16 ? static_cast<int>(left) : 16);
+}
+
+// Starts copying the scales and zero points of a group of tiles, by the whole block.
+__device__ __forceinline__ void copy_scales(const SkinnyParams& p, ScaleRow size, Units u, int m_tiles, uint32_t to) {
+    const int stride = padded_row(size.bytes), pieces = stride / 16, zero_stride = padded_row(size.zero_bytes);
+    const int zero_pieces = size.zero_bytes == 0 ? 0 : zero_stride / 16, all = pieces + zero_pieces;
+    const uint32_t zeros = to + m_tiles * 16 * stride;
+    for (int i = threadIdx.x; i < m_tiles * 16 * all; i += kSkinnyThreads) {
+        const int row = i / all, item = i % all;
+        const TileRow from = tile_row(p, u, row >> 4, row & 15);
+        if (!from.is_there) continue;
+        const int count = rows_of(p, from.matrix);
+        if (item < pieces)
+            copy_piece(to + row * stride, static_cast<const char*>(p.scale[from.matrix]), from.row, size.bytes, count, item);
+        else
+            copy_piece(zeros + row * zero_stride, static_cast<const char*>(p.zero[from.matrix]), from.row, size.zero_bytes, count,
+                       item - pieces);
+    }
+}
+
+// Where a thread finds the scales of its rows g and g + 8 of every tile.
+template <Format kFormat, int kMTiles>
+struct ScaleRows {
+    const unsigned char* scales[kMTiles][2];
+    const unsigned char* zeros[kMTiles][2];  // null: symmetric
+
+    __device__ __forceinline__ void find(const SkinnyParams& p, ScaleRow size, Units u, int g, const unsigned char* buffer) {
+        const int stride = padded_row(size.bytes), zero_stride = padded_row(size.zero_bytes);
+#pragma unroll
+        for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const TileRow row = tile_row(p, u, m, g + 8 * h);
+                const auto shift = [&](const void* matrix, int bytes) {
+                    return static_cast<int>((reinterpret_cast<uintptr_t>(matrix) + static_cast<int64_t>(row.row) * bytes) & 15);
+                };
+                const int place = m * 16 + g + 8 * h;
+                scales[m][h] = buffer + place * stride + shift(p.scale[row.matrix], size.bytes);
+                zeros[m][h] = size.zero_bytes == 0 ? nullptr
+                                                   : buffer + kMTiles * 16 * stride + place * zero_stride +
+                                                         shift(p.zero[row.matrix], size.zero_bytes);
+            }
+    }
+
+    __device__ __forceinline__ float scale(int m, int h, int group) const { return scale_at<kFormat>(scales[m][h], group); }
+
+    // What stands for zero, in the numbers of `Pairs`.
+    __device__ __forceinline__ float zero(int m, int h, int group) const {
+        if constexpr (kFormat == Format::kInt4) {
+            if (zeros[m][h] == nullptr) return kInt4Bias + 8.f;
+            return kInt4Bias + static_cast<float>(zeros[m][h][group >> 1] >> (group & 1) * 4 & 15);
+        }
+        return zeros[m][h] == nullptr ? 0.f : static_cast<float>(static_cast<signed char>(zeros[m][h][group]));
+    }
+};
+
+// ---------------------------------------------------------------- the end of a sum
+
+// What a thread's outputs meet: bias or residual, and scales of rows.
+template <Format kFormat, int kMTiles, int kRounds, bool kRowScales>
+struct Addends {
+    float value[kMTiles][kRounds];
+    float scale[kRowScales ? kMTiles : 1], second[kRowScales ? kMTiles : 1];
+
+    __device__ __forceinline__ void fetch(const SkinnyParams& p, Units u, bool i_store, int my_unit, int my_column, int columns) {
+#pragma unroll
+        for (int m = 0; m < kMTiles; ++m) {
+            const int unit_in_group = m * p.tile_units + my_unit;
+            const bool is_mine = i_store && unit_in_group < u.count;
+            const int unit = u.first + (is_mine ? unit_in_group : 0);
+            const TileRow at = row_of_unit(p, unit, is_mine);
+            if constexpr (kRowScales) {
+                constexpr float kFactor = kFormat == Format::kFp8 ? kFp8SumScale : 1.f;
+                scale[m] = second[m] = 0.f;
+                if (is_mine) scale[m] = scale_at<kFormat>(p.scale[at.matrix], at.row) * kFactor;
+                if (is_mine && p.epilogue == Epilogue::kSiluGate) second[m] = scale_at<kFormat>(p.scale[1], at.row) * kFactor;
+            }
+            const float bias = is_mine && p.epilogue == Epilogue::kBias && p.bias[at.matrix] != nullptr
+                                   ? __bfloat162float(p.bias[at.matrix][at.row])
+                                   : 0.f;
+#pragma unroll
+            for (int r = 0; r < kRounds; ++r) {
+                const int row = r * columns + my_column;
+                value[m][r] = bias;
+                if (p.epilogue == Epilogue::kResidual && is_mine && row < p.rows) {
+                    const auto* from =
+                        reinterpret_cast<const unsigned short*>(p.residual) + static_cast<int64_t>(row) * p.units + unit;
+                    value[m][r] = __uint_as_float(static_cast<uint32_t>(__ldcg(from)) << 16);
+                }
+            }
+        }
+    }
+};
+
+// Writes an element: `value` and, of pairs, `second` are finished sums.
+template <bool kNorm>
+__device__ __forceinline__ void store_output(const SkinnyParams& p, int row, int unit, float value, float second, float addend) {
+    const int64_t at = static_cast<int64_t>(row) * p.units + unit;
+    if (kNorm && p.epilogue == Epilogue::kLogits)
+        static_cast<float*>(p.out)[at] = value;
+    else if (kNorm && p.epilogue == Epilogue::kSiluGate)
+        static_cast<bf16*>(p.out)[at] = __float2bfloat16(value / (1.f + __expf(-value)) * second);
+    else
+        static_cast<bf16*>(p.out)[at] = __float2bfloat16(value + addend);
+}
+
+__device__ __forceinline__ float add_squares(float sum, uint4 v) {
+    const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 f = unpack(pairs[i]);
+        sum = fmaf(f.x, f.x, sum);
+        sum = fmaf(f.y, f.y, sum);
+    }
+    return sum;
+}
+
+// The two registers of B for step `step` of a lane's 16 bytes of weights.
+template <int kVectors>
+__device__ __forceinline__ uint2 pair_of_pairs(const uint4 (&x)[kVectors], int step) {
+    const uint4& v = x[step >> 1];
+    return step & 1 ? make_uint2(v.z, v.w) : make_uint2(v.x, v.y);
+}
+
+}  // namespace qwen_rt
