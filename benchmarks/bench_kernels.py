@@ -24,22 +24,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qwen_rt.benchmarks import harness
-from qwen_rt.benchmarks import kernel_references as references
-from qwen_rt.benchmarks.kernel_shapes import SHAPES, ModelShape, OpCost
+from qwen_rt.benchmarks.kernel_cases import OpCases
+from qwen_rt.benchmarks.kernel_shapes import SHAPES
 from qwen_rt.benchmarks.kernel_step import DecodeStep, OpCaller, capture
 from qwen_rt.benchmarks.latency_report import gpu_line
 from qwen_rt.benchmarks.measure import matrix_rate
 from qwen_rt.errors import MissingDependencyError, QwenRtError, VerificationError
-from qwen_rt.ops import OPS
+from qwen_rt.ops import OPS, WEIGHT_FORMATS
 from qwen_rt.plugins.library import NO_DEPENDENT_LAUNCH, PluginLibrary, load
 from qwen_rt.progress import Progress
 
 STEP_OPS = tuple(op.name for op in OPS)
-COLD_BYTES = 400_000_000
-"""Weights that an op's replay goes through before it meets the same again: several times any L2."""
 
 
 def measure_bandwidth(library: PluginLibrary, num_bytes: int = 8 << 30) -> float:
@@ -68,102 +65,6 @@ def _event_times(body: Callable[[], Any], repeats: int, warm_up: int = 2) -> lis
         if turn >= warm_up:
             samples.append(start.elapsed_time(end) * 1e3)
     return samples
-
-
-class OpCases:
-    """One model's ops on their own: inputs, several copies of the weights, references.
-
-    Args:
-        call: How ops are called.
-        shape: The model.
-        rows: Decode rows.
-        length: Tokens of every row, for attention.
-    """
-
-    def __init__(self, call: OpCaller, shape: ModelShape, rows: int, length: int) -> None:
-        self.call, self.shape, self.rows, self.length = call, shape, rows, length
-        self.step = DecodeStep(call, shape, num_layers=1)
-        self.step.prepare(rows, length - 1, max_new=1)
-
-    def cost(self, op: str) -> OpCost:
-        """Return what one call of an op needs."""
-        return self.shape.op_cost(op, self.rows, self.length)
-
-    def prepare(self, op: str) -> tuple[list[Callable[[], None]], Callable[[], str]]:
-        """Return calls (one per copy of the weights), and a check of the first."""
-        s, step, rows = self.shape, self.step, self.rows
-        epsilon = step.epsilon
-        x = step.hidden
-        w = step.layers[0]
-        copies = max(2, -(-COLD_BYTES // self.cost(op).read_bytes))
-
-        def cold(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-            return [tensors, *(tuple(t.clone() for t in tensors) for _ in range(copies - 1))]
-
-        def tell(out: Tensor, reference: Callable[[], Tensor]) -> Callable[[], str]:
-            return lambda: references.problem_of(op, out, reference())
-
-        def with_each(names: str, sets: list[tuple[Tensor, ...]], rest: dict[str, Tensor], **attributes: float) -> None:
-            for weights in sets:
-                tensors = rest | dict(zip(names.split(), weights, strict=True))
-                calls.append(functools.partial(self.call, op, tensors, **attributes))
-
-        calls: list[Callable[[], None]] = []
-        if op == "rmsnorm_qkv":
-            rest = {f"{n}_bias": w[f"{n}_bias"] for n in "qkv"} | {
-                "hidden": x,
-                "norm_weight": w["norm1"],
-                "qkv": step.qkv,
-            }
-            with_each("q_weight k_weight v_weight", cold(w["q"], w["k"], w["v"]), rest, epsilon=epsilon)
-            weights, biases = (w["q"], w["k"], w["v"]), (w["q_bias"], w["k_bias"], w["v_bias"])
-            check = tell(step.qkv, lambda: references.rmsnorm_qkv(x, w["norm1"], weights, biases, epsilon))
-        elif op in ("o_proj_residual", "down_residual"):
-            name, weight = ("attention", w["o"]) if op == "o_proj_residual" else ("activation", w["down"])
-            source = step.attended if op == "o_proj_residual" else step.activation
-            out = torch.empty_like(x)
-            with_each("weight", cold(weight), {name: source, "residual": x, "out": out})
-            check = tell(out, lambda: references.o_proj_residual(source, weight, x))
-        elif op == "select_o_proj_residual":
-            out, indices = torch.empty_like(x), torch.arange(rows, device="cuda")
-            rest = {"attention": step.attended, "indices": indices, "residual": x, "out": out}
-            with_each("weight", cold(w["o"]), rest)
-            check = tell(out, lambda: references.o_proj_residual(step.attended, w["o"], x))
-        elif op == "rmsnorm_gate_up_silu":
-            rest = {"hidden": x, "norm_weight": w["norm2"], "activation": step.activation}
-            with_each("gate_weight up_weight", cold(w["gate"], w["up"]), rest, epsilon=epsilon)
-            check = tell(
-                step.activation, lambda: references.rmsnorm_gate_up_silu(x, w["norm2"], w["gate"], w["up"], epsilon)
-            )
-        elif op == "lm_head":
-            rest = {"hidden": x, "norm_weight": step.norm, "logits": step.logits}
-            with_each("weight", [(step.head,)], rest, epsilon=epsilon)
-            check = tell(step.logits, lambda: references.lm_head(x, step.norm, step.head, epsilon))
-        elif op == "rope_kv_append_attention":
-            copies = max(1, min(64, COLD_BYTES // self.cost(op).read_bytes))
-            keys, values = step.caches[0]
-            rest = {"qkv": step.qkv, "positions": step.positions, "inv_freq": step.inv_freq}
-            rest |= {"block_tables": step.tables, "out": step.attended}
-            rest["query_starts"] = step.query_starts
-            scale = s.head_dim**-0.5
-            with_each("k_cache v_cache", cold(keys, values), rest, scale=scale, max_length=step.max_length)
-            inputs = (step.qkv, step.positions, step.inv_freq, step.tables, keys, values)
-            check = tell(step.attended, lambda: references.attention(*inputs, scale)[0])
-        elif op == "sample":
-            step.logits.normal_()
-            ids = torch.empty(rows, dtype=torch.int64, device="cuda")
-            with_each("logits", [(step.logits,)], {"next_ids": ids})
-
-            def check() -> str:
-                return "" if torch.equal(ids, references.sample(step.logits)) else "sample: wrong tokens"
-        else:
-            out = torch.empty_like(x)
-            with_each("table", [(step.table,)], {"ids": step.ids, "out": out})
-
-            def check() -> str:
-                return "" if torch.equal(out, step.table[step.ids]) else "embed: wrong rows"
-
-        return calls, check
 
 
 def _run_all(calls: Sequence[Callable[[], None]]) -> None:
@@ -213,7 +114,7 @@ def bench_step(step: DecodeStep, rows: int, prompt: int, bandwidth: float) -> di
     """Time a whole decode step; return its metrics."""
     step.prepare(rows, prompt)
     samples = step.time()
-    floor_us = step.shape.floor_bytes / bandwidth * 1e6
+    floor_us = step.shape.floor_bytes_at(step.precision) / bandwidth * 1e6
     kv_us = step.shape.kv_bytes(rows * (prompt + 1)) / bandwidth * 1e6
     itl = harness.percentile(samples, 0.5)
     return {
@@ -260,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--prompt", nargs="+", type=int, default=[127])
     parser.add_argument("--op", nargs="+", default=list(STEP_OPS), choices=list(STEP_OPS))
+    parser.add_argument("--precision", default="bf16", choices=list(WEIGHT_FORMATS))
     parser.add_argument("--output", type=Path, help="file of rows (default: benchmarks/results/kernels.jsonl)")
     parser.add_argument("--dry", action="store_true", help="print, but write no rows")
     arguments = parser.parse_args(argv)
@@ -270,6 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.rows,
             arguments.prompt,
             arguments.op,
+            precision=arguments.precision,
             output=None if arguments.dry else harness.results_file("kernels", arguments.output),
         )
     except QwenRtError as error:
@@ -286,6 +189,7 @@ def run(
     ops: Sequence[str],
     *,
     output: Path | None,
+    precision: str = "bf16",
     quiet: bool = False,
 ) -> None:
     """Measure; print a table for each model and append a row for each figure.
@@ -297,6 +201,7 @@ def run(
         prompts: Tokens of every row before the new one, each.
         ops: Names in `STEP_OPS`.
         output: The file of rows; None writes none.
+        precision: Of the layers' matrices, random and in its default scheme; embedding and LM head are bf16.
         quiet: No progress on stderr.
 
     Raises:
@@ -334,19 +239,32 @@ def run(
             lines = []
             with Progress(len(points) * len(ops), f"{model} ops", quiet=quiet) as progress:
                 for num_rows, prompt in points:
-                    cases = OpCases(call, shape, num_rows, prompt + 1)
+                    cases = OpCases(call, shape, num_rows, prompt + 1, precision)
                     for op in ops:
                         metrics = bench_op(cases, op, bandwidth, rate)
                         num_bytes = cases.cost(op).read_bytes
                         lines.append(op_line(model, num_rows, prompt, op, num_bytes, metrics))
-                        settings = {"model": model, "rows": num_rows, "prompt": prompt, "bytes": num_bytes}
+                        settings = {
+                            "model": model,
+                            "weights": precision,
+                            "rows": num_rows,
+                            "prompt": prompt,
+                            "bytes": num_bytes,
+                        }
                         write(op, metrics, settings, "float64 reference, this op and shape")
                         progress.update()
                     del cases
                     torch.cuda.empty_cache()
             print("\n".join(["", OP_TITLES, *lines]), flush=True)
         if "step" in what or "waterfall" in what:
-            _run_steps(DecodeStep(call, shape), model, points, bandwidth, write, waterfall="waterfall" in what)
+            _run_steps(
+                DecodeStep(call, shape, precision=precision),
+                model,
+                points,
+                bandwidth,
+                write,
+                waterfall="waterfall" in what,
+            )
             torch.cuda.empty_cache()
 
 
@@ -383,7 +301,7 @@ def _run_steps(
             f"with kv {metrics['itl_to_floor_with_kv_ratio']:.3f}",
             flush=True,
         )
-        settings = {"model": model, "rows": rows, "prompt": prompt}
+        settings = {"model": model, "weights": step.precision, "rows": rows, "prompt": prompt}
         write("step", metrics, settings, "every op by the tests marked gpu")
         if waterfall:
             whole = metrics["itl_us"]["median"]

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from qwen_rt.benchmarks.quantized_matrices import Matrix, bf16_matrix, fp8_rows
+
 __all__ = [
+    "FINE_MIN_COSINE",
+    "FINE_TOLERANCES",
     "MIN_COSINE",
     "PREFILL_MIN_COSINE",
     "PREFILL_TOLERANCES",
@@ -62,9 +67,25 @@ residual: half a unit in the last place of a product of up to six rms is 2^-9 ·
 so their product may be off by twice as much."""
 
 
-def embed(ids: Tensor, table: Tensor) -> Tensor:
+FINE_MIN_COSINE = 0.99998
+"""Weights whose groups have less than 128 columns are rounded too, to bf16: three roundings instead of two."""
+
+FINE_TOLERANCES = {op: (relative, max(absolute * 2, 2**-5)) for op, (relative, absolute) in PREFILL_TOLERANCES.items()}
+"""For matrices that a kernel rounds to bf16 first: by u a term, uniformly, as it rounds activations. So the error of a
+sum is sqrt(2) that of `TOLERANCES`, and of residual ops, which round nothing else, that of the others."""
+
+AnyMatrix = Tensor | Matrix
+
+
+def _matrix(weight: AnyMatrix) -> Matrix:
+    return bf16_matrix(weight) if isinstance(weight, Tensor) else weight
+
+
+def embed(ids: Tensor, table: AnyMatrix) -> Tensor:
     """Return `table[ids]`: bf16[rows, hidden]."""
-    return table[ids]
+    if isinstance(table, Tensor):
+        return table[ids]
+    return torch.cat([table.rows(index, index + 1) for index in ids.tolist()]).float().bfloat16()
 
 
 def _norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -72,23 +93,27 @@ def _norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * weight.double()
 
 
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    """X · weightᵀ in float64, a slice of the weights at a time: [rows, out]."""
-    return torch.cat([x.double() @ part.double().T for part in torch.split(weight, 16384)], dim=-1)
+def _linear(x: Tensor, weight: AnyMatrix, *, fp8: bool = False) -> Tensor:
+    """X · weightᵀ in float64, a slice of the weights at a time: [rows, out]; `fp8`: activations are rounded to e4m3."""
+    matrix, x = _matrix(weight), fp8_rows(x.double()) if fp8 else x.double()
+    starts = range(0, matrix.shape[0], 16384)
+    return torch.cat([x @ matrix.rows(start, min(start + 16384, matrix.shape[0])).T for start in starts], dim=-1)
 
 
 def rmsnorm_qkv(
     hidden: Tensor,
     norm_weight: Tensor,
-    weights: tuple[Tensor, Tensor, Tensor],
-    biases: tuple[Tensor | None, Tensor | None, Tensor | None],
+    weights: Sequence[AnyMatrix],
+    biases: Sequence[Tensor | None],
     epsilon: float,
+    *,
+    fp8: bool = False,
 ) -> Tensor:
-    """Return f64[rows, q_width + 2 kv_width]."""
+    """Return f64[rows, q_width + 2 kv_width]; `fp8` as in a prefill with fp8 matrices."""
     y = _norm(hidden, norm_weight, epsilon)
     parts = []
     for weight, bias in zip(weights, biases, strict=True):
-        part = _linear(y, weight)
+        part = _linear(y, weight, fp8=fp8)
         parts.append(part if bias is None else part + bias.double())
     return torch.cat(parts, dim=-1)
 
@@ -157,21 +182,23 @@ def attention(
     return out.flatten(1), new_keys, new_values
 
 
-def o_proj_residual(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+def o_proj_residual(x: Tensor, weight: AnyMatrix, residual: Tensor, *, fp8: bool = False) -> Tensor:
     """Return f64[rows, hidden]."""
-    return residual.double() + _linear(x, weight)
+    return residual.double() + _linear(x, weight, fp8=fp8)
 
 
 down_residual = o_proj_residual
 
 
-def rmsnorm_gate_up_silu(hidden: Tensor, norm_weight: Tensor, gate: Tensor, up: Tensor, epsilon: float) -> Tensor:
+def rmsnorm_gate_up_silu(
+    hidden: Tensor, norm_weight: Tensor, gate: AnyMatrix, up: AnyMatrix, epsilon: float, *, fp8: bool = False
+) -> Tensor:
     """Return f64[rows, ffn]."""
     y = _norm(hidden, norm_weight, epsilon)
-    return torch.nn.functional.silu(_linear(y, gate)) * _linear(y, up)
+    return torch.nn.functional.silu(_linear(y, gate, fp8=fp8)) * _linear(y, up, fp8=fp8)
 
 
-def lm_head(hidden: Tensor, norm_weight: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+def lm_head(hidden: Tensor, norm_weight: Tensor, weight: AnyMatrix, epsilon: float) -> Tensor:
     """Return f64[rows, vocab]; `hidden` holds the chosen rows only."""
     return _linear(_norm(hidden, norm_weight, epsilon), weight)
 
@@ -183,15 +210,24 @@ def sample(logits: Tensor) -> Tensor:
     return torch.where(logits == best, ids, logits.shape[1]).min(-1).values
 
 
-def problem_of(op: str, out: Tensor, reference: Tensor, *, is_prefill: bool = False) -> str:
-    """Compare the output of an op with its reference; return what is wrong, or nothing."""
-    min_cosine = PREFILL_MIN_COSINE if is_prefill else MIN_COSINE
+def problem_of(op: str, out: Tensor, reference: Tensor, *, is_prefill: bool = False, is_fine: bool = False) -> str:
+    """Compare the output of an op with its reference; return what is wrong, or nothing.
+
+    Args:
+        op: Which.
+        out: Of the kernel.
+        reference: float64.
+        is_prefill: Of more than 64 rows.
+        is_fine: Of matrices that the kernel rounds to bf16 first.
+    """
+    min_cosine = FINE_MIN_COSINE if is_fine else PREFILL_MIN_COSINE if is_prefill else MIN_COSINE
     got, want = out.double().flatten(), reference.double().flatten()
     if got.shape != want.shape:
         return f"{op}: {got.numel()} elements instead of {want.numel()}"
     if not bool(torch.isfinite(got).all()):
         return f"{op}: {int((~torch.isfinite(got)).sum())} elements of {got.numel()} are not finite"
-    relative, absolute = (PREFILL_TOLERANCES if is_prefill else TOLERANCES)[op]
+    tolerances = FINE_TOLERANCES if is_fine else PREFILL_TOLERANCES if is_prefill else TOLERANCES
+    relative, absolute = tolerances[op]
     rms = math.sqrt(float(want.square().mean()))
     error = (got - want).abs()
     excess = error - (relative * want.abs() + absolute * rms)

@@ -8,9 +8,11 @@ the measured matrix rate.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
+from qwen_rt.quantization import DEFAULT_SCHEMES, Scheme
 from qwen_rt.spec import ModelSpec
 
 __all__ = ["SHAPES", "ModelShape", "OpCost"]
@@ -106,10 +108,26 @@ class ModelShape:
             "down_residual": self.hidden * self.ffn,
         }
 
+    def layer_bytes(self, precision: str = "bf16") -> dict[str, int]:
+        """Stored bytes of a layer's matrices, scales included, by op; a precision in its default scheme."""
+        q_width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        sizes = {
+            "rmsnorm_qkv": [(q_width + 2 * kv_width, self.hidden)],
+            "o_proj_residual": [(self.hidden, q_width)],
+            "rmsnorm_gate_up_silu": [(2 * self.ffn, self.hidden)],
+            "down_residual": [(self.hidden, self.ffn)],
+        }
+        scheme = DEFAULT_SCHEMES.get(precision)
+        return {op: sum(_stored_bytes(scheme, shape) for shape in shapes) for op, shapes in sizes.items()}
+
     @property
     def floor_bytes(self) -> int:
         """Bytes of all linear weights and the LM head in bf16: what every step must read."""
-        return 2 * (self.layers * sum(self.layer_parameters.values()) + self.hidden * self.vocab)
+        return self.floor_bytes_at("bf16")
+
+    def floor_bytes_at(self, precision: str) -> int:
+        """Bytes of all linear weights as stored at a precision, and of the LM head in bf16."""
+        return self.layers * sum(self.layer_bytes(precision).values()) + 2 * self.hidden * self.vocab
 
     def kv_bytes(self, tokens: int) -> int:
         """Bytes of keys and values of `tokens` tokens in bf16, over all layers."""
@@ -131,8 +149,14 @@ class ModelShape:
         attention = 2 * tokens * tokens * self.layers * self.heads * self.head_dim
         return products + attention + 2 * self.hidden * self.vocab
 
-    def op_cost(self, op: str, rows: int, length: int) -> OpCost:
+    def op_cost(self, op: str, rows: int, length: int, precision: str = "bf16") -> OpCost:
         """Return what one call of a decode op needs at `rows` rows that have `length` tokens each.
+
+        Args:
+            op: Which.
+            rows: Decode rows.
+            length: Tokens of every row.
+            precision: Of the layers' matrices.
 
         Raises:
             KeyError: There is no such op in a decode step.
@@ -152,14 +176,22 @@ class ModelShape:
             read = 2 * rows * self.hidden
             return OpCost(read, 2 * read + 8 * rows, 0)
         op = op.removeprefix("select_")  # reads as much
-        weights = self.layer_parameters[op]
+        weights, stored = self.layer_parameters[op], self.layer_bytes(precision)[op]
         activations = {
             "rmsnorm_qkv": self.hidden + qkv,
             "o_proj_residual": q_width + 2 * self.hidden,
             "rmsnorm_gate_up_silu": self.hidden + self.ffn,
             "down_residual": self.ffn + 2 * self.hidden,
         }[op]
-        return OpCost(2 * weights, 2 * weights + 2 * rows * activations, 2 * rows * weights)
+        return OpCost(stored, stored + 2 * rows * activations, 2 * rows * weights)
+
+
+def _stored_bytes(scheme: Scheme | None, shape: tuple[int, int]) -> int:
+    """Bytes of a matrix [N, K] and its scales; None: bf16."""
+    if scheme is None:
+        return 2 * shape[0] * shape[1]
+    item_bytes = {"F8_E4M3": 1, "I8": 1, "U8": 1, "F16": 2, "F32": 4, "I32": 4}
+    return sum(item_bytes[dtype] * math.prod(size) for dtype, size in scheme.parts(shape).values())
 
 
 SHAPES = {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qwen_rt.benchmarks.kernel_shapes import ModelShape
+from qwen_rt.benchmarks.quantized_matrices import Matrix, random_matrix, scheme_of
 from qwen_rt.ops import COUNTER_BYTES, find_op
 from qwen_rt.plugins.library import PluginLibrary
 
@@ -91,30 +92,34 @@ class DecodeStep:
         caller: How ops are called.
         shape: The model.
         num_layers: Fewer than the model has, for a check; None for all.
+        precision: Of the layers' matrices: `bf16`, `fp8`, `int8` or `int4`, in its default scheme. Embedding and LM
+            head are bf16.
     """
 
     block_size = 64
     epsilon = 1e-6
 
-    def __init__(self, caller: OpCaller, shape: ModelShape, num_layers: int | None = None) -> None:
-        self.call, self.shape = caller, shape
+    def __init__(
+        self, caller: OpCaller, shape: ModelShape, num_layers: int | None = None, precision: str = "bf16"
+    ) -> None:
+        self.call, self.shape, self.precision = caller, shape, precision
         self.num_layers = shape.layers if num_layers is None else num_layers
         s, q_width, kv_width = shape, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        std = 0.02
+        scheme, std = scheme_of(precision), 0.02
+        sizes = {"q": (q_width, s.hidden), "k": (kv_width, s.hidden), "v": (kv_width, s.hidden)}
+        sizes |= {"o": (s.hidden, q_width), "gate": (s.ffn, s.hidden), "up": (s.ffn, s.hidden)}
+        sizes["down"] = (s.hidden, s.ffn)
         self.layers = [
+            {name: random_matrix(scheme, *size, std=std) for name, size in sizes.items()}
+            for _ in range(self.num_layers)
+        ]
+        self.vectors = [
             {
                 "norm1": 1 + random_bf16(s.hidden, std=0.1),
-                "q": random_bf16(q_width, s.hidden, std=std),
-                "k": random_bf16(kv_width, s.hidden, std=std),
-                "v": random_bf16(kv_width, s.hidden, std=std),
+                "norm2": 1 + random_bf16(s.hidden, std=0.1),
                 "q_bias": random_bf16(q_width),
                 "k_bias": random_bf16(kv_width),
                 "v_bias": random_bf16(kv_width),
-                "o": random_bf16(s.hidden, q_width, std=std),
-                "norm2": 1 + random_bf16(s.hidden, std=0.1),
-                "gate": random_bf16(s.ffn, s.hidden, std=std),
-                "up": random_bf16(s.ffn, s.hidden, std=std),
-                "down": random_bf16(s.hidden, s.ffn, std=std),
             }
             for _ in range(self.num_layers)
         ]
@@ -160,7 +165,8 @@ class DecodeStep:
         call("embed", {"ids": self.ids, "table": self.table, "out": hidden})
         for index, w in enumerate(self.layers):
             k_cache, v_cache = self.caches[index % len(self.caches)]
-            call("rmsnorm_qkv", self.qkv_tensors(w), epsilon=self.epsilon)
+            vectors, stored = self.vectors[index], {"weight_format": w["q"].weight_format}
+            call("rmsnorm_qkv", self.qkv_tensors(w, vectors), epsilon=self.epsilon, **stored)
             call(
                 "rope_kv_append_attention",
                 {
@@ -176,20 +182,26 @@ class DecodeStep:
                 scale=self.shape.head_dim**-0.5,
                 max_length=self.max_length,
             )
-            call("o_proj_residual", {"attention": self.attended, "weight": w["o"], "residual": hidden, "out": hidden})
-            mlp = {"hidden": hidden, "norm_weight": w["norm2"], "gate_weight": w["gate"], "up_weight": w["up"]}
-            call("rmsnorm_gate_up_silu", {**mlp, "activation": self.activation}, epsilon=self.epsilon)
-            call(
-                "down_residual", {"activation": self.activation, "weight": w["down"], "residual": hidden, "out": hidden}
-            )
+            residual = {"residual": hidden, "out": hidden}
+            call("o_proj_residual", {"attention": self.attended, **w["o"].tensors(), **residual}, **stored)
+            mlp: dict[str, Tensor | None] = {
+                "hidden": hidden,
+                "norm_weight": vectors["norm2"],
+                "activation": self.activation,
+            }
+            mlp |= w["gate"].tensors("gate_") | w["up"].tensors("up_")
+            call("rmsnorm_gate_up_silu", mlp, epsilon=self.epsilon, **stored)
+            call("down_residual", {"activation": self.activation, **w["down"].tensors(), **residual}, **stored)
         head = {"norm_weight": self.norm, "weight": self.head, "logits": self.logits}
         call("lm_head", {"hidden": hidden, **head}, epsilon=self.epsilon)
         call("sample", {"logits": self.logits, "positions": self.positions, "next_ids": self.ids})
 
-    def qkv_tensors(self, w: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    def qkv_tensors(self, w: Mapping[str, Matrix], vectors: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
         """The tensors of `rmsnorm_qkv` for one layer."""
-        named = {f"{name}_weight": w[name] for name in "qkv"} | {f"{name}_bias": w[f"{name}_bias"] for name in "qkv"}
-        return {"hidden": self.hidden, "norm_weight": w["norm1"], **named, "qkv": self.qkv}
+        named: dict[str, Tensor | None] = {"hidden": self.hidden, "norm_weight": vectors["norm1"], "qkv": self.qkv}
+        for name in "qkv":
+            named |= w[name].tensors(f"{name}_") | {f"{name}_bias": vectors[f"{name}_bias"]}
+        return named
 
     def time(self, num_steps: int = 24, repeats: int = 5, without: Sequence[str] = ()) -> list[float]:
         """Return microseconds per step of graph replays back to back, one figure per repeat.

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen_rt.errors import BundleError, CheckpointError, StorageError
+from qwen_rt.gate_result import GateResult
 from qwen_rt.manifest_fields import REBUILD, Fields, inner_path, plain_name
 from qwen_rt.manifest_quantization import Quantization
 from qwen_rt.quantization import FORMATS
@@ -232,8 +233,18 @@ class Manifest:
             },
             tools=take.strings("tools"),
             quantization=None if version < 2 or take.is_null("quantization") else _quantization(take, source),
-            gate=None if version < 2 or take.is_null("gate") else take.object("gate"),
+            gate=None if version < 2 or take.is_null("gate") else _gate(take, source),
         )
+
+
+def _gate(take: Fields, source: str) -> dict[str, Any]:
+    """The gate's result, or why there is none: `{"skipped": "--no-gate"}`."""
+    document = take.data("gate")
+    if set(document) == {"skipped"}:
+        Fields(document, f"{source}: gate").string("skipped")
+    else:
+        GateResult.from_dict(document, f"{source}: gate")
+    return document
 
 
 def _quantization(take: Fields, source: str) -> Quantization:

@@ -14,6 +14,8 @@ __all__ = ["REBUILD", "Fields", "inner_path", "plain_name"]
 REBUILD = "build the bundle again: qwen-rt build CHECKPOINT -o BUNDLE"
 """The next step wherever a bundle is not what was built."""
 
+_MAX_DEPTH = 8
+
 
 class Fields:
     """Typed access to a JSON object whose every value may be wrong."""
@@ -74,6 +76,16 @@ class Fields:
         value = self._document.get(key)
         if not isinstance(value, dict):
             raise self._fail(key, "an object")
+        return value
+
+    def data(self, key: str) -> dict[str, Any]:
+        """An object of any JSON data, nested no more than `_MAX_DEPTH` levels deep."""
+        value, level = self.object(key), [self._document[key]]
+        for _ in range(_MAX_DEPTH):
+            values = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
+            level = [child for child in values if isinstance(child, dict | list)]
+        if level:
+            raise BundleError(f"{self._source}: {key} is nested too deeply", f"at most {_MAX_DEPTH} levels", REBUILD)
         return value
 
     def strings(self, key: str) -> dict[str, str]:

@@ -61,7 +61,7 @@ class Quantization:
         }
         kv_format = None if take.is_null("kv_format") else take.choice("kv_format", KV_FORMATS)
         method, activations = take.choice("method", METHODS), take.choice("activations", _ACTIVATIONS)
-        return cls(weights, method, activations, kv_format, take.object("report"))
+        return cls(weights, method, activations, kv_format, take.data("report"))
 
 
 def _scheme(take: Fields) -> Scheme:

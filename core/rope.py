@@ -72,7 +72,7 @@ class RopeSpec:
         if self.factor < 1.0 or (self.kind == "default" and self.factor != 1.0):
             expected = "1 for the default rope" if self.kind == "default" else "1 or more"
             raise CheckpointError(f"rope factor={show(self.factor)}", expected, "correct rope_scaling in config.json")
-        if self.kind == "yarn":
+        if self.kind == "yarn" or self.original_max_position_embeddings is not None:
             check_int("original_max_position_embeddings", self.original_max_position_embeddings)
         self._check_float("beta_fast", 0.0, _MAX_FACTOR)
         self._check_float("beta_slow", 0.0, self.beta_fast)

@@ -19,6 +19,13 @@ __all__ = [
     "GATE_MIN_CONFIDENT",
     "GATE_VECTOR_ERROR",
     "INT8_ACTIVATIONS_RELATIVE",
+    "KV_BF16_CACHE_RELATIVE",
+    "KV_BF16_MIN_COSINE",
+    "KV_BF16_RELATIVE",
+    "KV_FP32_RELATIVE",
+    "KV_LOGITS_MIN_COSINE",
+    "KV_LOGITS_RELATIVE",
+    "KV_STEP",
     "LOWERED_BF16_CACHE_RELATIVE",
     "LOWERED_BF16_MIN_COSINE",
     "LOWERED_BF16_RELATIVE",
@@ -70,6 +77,37 @@ LOWERED_BF16_MIN_COSINE = 0.9999
 LOWERED_BF16_CACHE_RELATIVE = 4 * 2**-8
 """Of keys and values: the largest was rounded as part of qkv and, if a key, once more when turned, by u at most each;
 as much again for what the layers before did to the hidden state. Measured 5.6e-3 to 7.3e-3."""
+
+KV_STEP = {"fp8": 32 / 448, "int8": 1 / 127}
+"""Format of a KV cache → largest distance of two numbers that it can hold, over the largest of them. A key or value
+that two computations leave on two sides of the middle between them differs by that much."""
+
+KV_FP32_RELATIVE = {"fp8": 1e-3, "int8": 5e-4}
+"""Logits over a quantized cache, float32 against float64: with noise d and steps s of a head's largest element, a share
+d / s of the elements falls the other way, by s: sqrt(d s) rms, 2.6e-4 and 9e-5 at d = 1e-6 (PARITY: sqrt(n) · u). Most
+of it is averaged out, but what falls the other way are few elements, and one may weigh more. Measured up to 1.7e-4."""
+
+KV_BF16_RELATIVE = {"fp8": 4e-2, "int8": 2.5e-2}
+"""The same with activations rounded to bfloat16: d = 2.3e-3 rms, so sqrt(d s) = 1.3e-2 and 4e-3, of keys and of values
+in two layers each, on top of LOWERED_BF16_RELATIVE. Measured 2.4e-2 and 9e-3."""
+
+KV_BF16_MIN_COSINE = {"fp8": 0.999, "int8": 0.9998}
+"""From e = 2 · 1.3e-2 and 2 · 4e-3 beside the 1.4e-2 of LOWERED_BF16_RELATIVE: e² / 2 = 4e-4 and 1.3e-4, for logits and
+for what the cache of a second layer holds. Measured 1 - 5e-4 and 1 - 6e-5."""
+
+KV_BF16_CACHE_RELATIVE = {name: step + LOWERED_BF16_CACHE_RELATIVE for name, step in KV_STEP.items()}
+"""Of what the cache gives back: one step, and what LOWERED_BF16_CACHE_RELATIVE allows for. Measured 7.3e-2 and 1e-2."""
+
+KV_LOGITS_MIN_COSINE = {"fp8": 0.997, "int8": 0.9998}
+"""Logits over a quantized cache against one of floats, random weights, two layers. Eight bits leave a normal vector
+with an error of 2.6 % (fp8) or 0.6 % (int8, 127 steps to about 2.8 sigma): values as much, scores q · k / sqrt(D) of
+unit size as much of one, which is as much of a probability. Together 1.4 times that, for two layers 2 times: e = 0.074
+if the stream were all attention, and 1 - e² / 2 = 0.997; 0.018 and 0.9998. Biases of any size must not show in it.
+Measured 1 - 1.9e-3 and 1 - 1e-4 with key biases of 360."""
+
+KV_LOGITS_RELATIVE = {"fp8": 0.15, "int8": 0.04}
+"""From the same e: the largest error is some three to four times the rms, the largest logit about three; twice that
+where scores are large, so that attention hangs on few keys. Measured 0.09 and 0.027."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"core": "qwen_rt", **{name: f"qwen_rt.{name}" for name in ("export", "runtime", "plugins", "benchmarks")}}
 HEAVY = ("torch", "onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_llm", "transformers")
-OPTIONAL = ("torch", "transformers", "safetensors", "onnxscript", "matplotlib", "optimum")
+OPTIONAL = ("torch", "transformers", "safetensors", "onnxscript", "matplotlib", "optimum", "math_verify")
 
 
 class Import(NamedTuple):

@@ -9,6 +9,11 @@ whatever the size of the model. Without calibration nothing but the weights is n
 the checkpoint, matrix by matrix and in its logits: a build whose errors are beyond the limits of its precision fails
 and names the worst matrix. A checkpoint that is quantized already (GPTQ, AWQ, compressed-tensors, fp8) is taken over
 number by number.
+
+--overrides takes a TOML file of names and precisions, of which later lines win:
+
+  "model.layers.0.*" = "bf16"
+  "*.mlp.down_proj" = { precision = "int4", group_size = 64 }
 """
 
 from __future__ import annotations
@@ -27,10 +32,6 @@ example:
   qwen-rt build Qwen2-Math-1.5B-Instruct -o math-1.5b --precision fp32 --max-length 2048
   qwen-rt build Qwen2-Math-7B-Instruct -o math-7b --target cuda --precision int4 --calibrate book.txt
   qwen-rt build Qwen2-Math-72B-Instruct -o math-72b --target cuda --precision int4 --size-budget 48GB
-
-a file for --overrides, in TOML; later lines win:
-  "model.layers.0.*" = "bf16"
-  "*.mlp.down_proj" = { precision = "int4", group_size = 64 }
 """
 
 
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--asymmetric", action="store_true", help="int4 with zero points")
     group.add_argument("--lm-head", choices=["fp8", "int8", "int4"], help="quantize the LM head too (default: kept)")
     group.add_argument("--embedding", choices=["fp8", "int8"], help="quantize the embeddings too (default: kept)")
-    group.add_argument("--overrides", type=Path, metavar="FILE", help="precision by name of the matrix; see below")
+    group.add_argument("--overrides", type=Path, metavar="FILE", help="TOML file, precision by name of the matrix")
     group.add_argument(
         "--size-budget",
         metavar="SIZE",

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 HELP = "accuracy on maths problems, of a bundle or an endpoint"
 EPILOG = """\
 example:
-  qwen-rt eval nano-cpu --dataset nano -o results/nano
-  qwen-rt eval math-7b-cuda --dataset gsm8k=gsm8k/test.jsonl --dataset math-500.jsonl --batch 64 -o results/math-7b
-  qwen-rt eval math-7b-cuda --dataset math-500.jsonl --samples 8 --temperature 0.7 --top-p 0.8 -o results/maj8
-  qwen-rt eval base-7b-cuda --dataset test.jsonl --layout gsm8k --prompt few-shot --shots 4 -o results/base
-  qwen-rt eval --endpoint http://127.0.0.1:8000/v1 --model math-7b --dataset nano --limit 100 -o results/served
+  qwen-rt eval nano-cpu --dataset nano -o nano-results
+  qwen-rt eval math-7b-cuda --dataset gsm8k=gsm8k/test.jsonl --dataset math-500.jsonl --batch 64 -o math-results
+  qwen-rt eval math-7b-cuda --dataset math-500.jsonl --samples 8 --temperature 0.7 --top-p 0.8 -o maj8-results
+  qwen-rt eval base-7b-cuda --dataset test.jsonl --layout gsm8k --prompt few-shot --shots 4 -o base-results
+  qwen-rt eval --endpoint http://127.0.0.1:8000/v1 --model math-7b --dataset nano --limit 100 -o served-results
 """
 
 

@@ -11,8 +11,8 @@ A calibrated build multiplies columns of a matrix, to round them more finely, an
 
 The model computes the same, but its matrices are no longer the source's: W' = diag(rows) · W · diag(columns). Norms are
 not quantized, so the ratio of their elements is the factor. Factors of rows are powers of two. They show in the rows
-themselves and in the columns that these feed; where the two contradict each other the columns are believed, so that a
-row whose scale is wrong is not taken for one that was folded.
+themselves and in the columns that these feed; where the two contradict each other nothing was folded, but a scale is
+wrong, and is seen to be in the matrix that has it.
 """
 
 from __future__ import annotations
@@ -82,12 +82,11 @@ class LayerFolds:
         """
         if name not in self._rows:
             return None
-        known = self._rows[name][start : start + len(before)]
-        unknown = torch.isnan(known)
-        if unknown.any():
-            own = _factors((before * after).sum(1), before.square().sum(1), after.square().sum(1))
-            known[unknown] = torch.nan_to_num(own, nan=1.0)[unknown]
-        return _unless_ones(known)
+        expected = self._rows[name][start : start + len(before)]
+        found = _factors((before * after).sum(1), before.square().sum(1), after.square().sum(1))
+        agreed = (found == expected) | (torch.isnan(expected) & ~torch.isnan(found))
+        expected.copy_(torch.where(agreed, found, torch.ones_like(found)))
+        return _unless_ones(expected)
 
     def value_rows(self, layer: int) -> Tensor:
         """Factors of v_proj's rows, once they have passed: f32[Hkv·D]."""

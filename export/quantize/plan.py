@@ -122,7 +122,7 @@ def _apply(chosen: dict[str, Scheme | None], lines: Mapping[str, Any], options: 
                 f'one of {", ".join((*FLOAT[:3], *FORMATS))}, or {{ precision = "int4", group_size = 64 }}',
                 "correct the line",
             )
-        names = [name for name in chosen if fnmatch.fnmatchcase(name, pattern) or name == f"{pattern}.weight"]
+        names = [name for name in chosen if _fits(name, pattern)]
         if not names:
             raise UsageError(
                 f"{options.overrides}: {pattern} fits no matrix",
@@ -136,6 +136,11 @@ def _apply(chosen: dict[str, Scheme | None], lines: Mapping[str, Any], options: 
             )
         scheme = None if precision in FLOAT else base_scheme(precision, group_size, symmetric)
         chosen.update(dict.fromkeys(names, scheme))
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """Whether a pattern means a matrix; `.weight` may be left out."""
+    return any(fnmatch.fnmatchcase(text, pattern) for text in (name, name.removesuffix(".weight")))
 
 
 def _check_units(spec: ModelSpec, chosen: Mapping[str, Scheme | None]) -> None:

@@ -26,14 +26,14 @@ struct Entry {
 
 // In the order of core/ops.py.
 constexpr Entry kEntries[] = {
-    {"embed", 1, 3, launch_embed, no_workspace},
-    {"rmsnorm_qkv", 2, 4, launch_rmsnorm_qkv, workspace_rmsnorm_qkv},
-    {"rope_kv_append_attention", 2, 8, launch_rope_kv_append_attention, workspace_rope_kv_append_attention},
-    {"o_proj_residual", 2, 3, launch_o_proj_residual, workspace_o_proj_residual},
-    {"select_o_proj_residual", 1, 4, launch_select_o_proj_residual, workspace_select_o_proj_residual},
-    {"rmsnorm_gate_up_silu", 2, 3, launch_rmsnorm_gate_up_silu, workspace_rmsnorm_gate_up_silu},
-    {"down_residual", 2, 3, launch_down_residual, workspace_down_residual},
-    {"lm_head", 3, 3, launch_lm_head, no_workspace},
+    {"embed", 2, 4, launch_embed, no_workspace},
+    {"rmsnorm_qkv", 3, 5, launch_rmsnorm_qkv, workspace_rmsnorm_qkv},
+    {"rope_kv_append_attention", 3, 8, launch_rope_kv_append_attention, workspace_rope_kv_append_attention},
+    {"o_proj_residual", 3, 4, launch_o_proj_residual, workspace_o_proj_residual},
+    {"select_o_proj_residual", 2, 5, launch_select_o_proj_residual, workspace_select_o_proj_residual},
+    {"rmsnorm_gate_up_silu", 3, 4, launch_rmsnorm_gate_up_silu, workspace_rmsnorm_gate_up_silu},
+    {"down_residual", 3, 4, launch_down_residual, workspace_down_residual},
+    {"lm_head", 4, 4, launch_lm_head, no_workspace},
     {"sample", 2, 5, launch_sample, workspace_sample},
 };
 

@@ -98,8 +98,8 @@ def test_a_prompt_longer_than_the_cache(graph: Path, workplace: Path, cli: Cli) 
         (["--max-length", "9" * 5000], ("--max-length|max-length=",)),
         (["--max-length", "long"], ("--max-length", "invalid int value: 'long'", "see qwen-rt build --help")),
         (
-            ["--precision", "fp8"],
-            ("--precision", "invalid choice: 'fp8'", "one of 'auto', 'fp32'|auto, fp32", "--help"),
+            ["--precision", "fp6"],
+            ("--precision", "invalid choice: 'fp6'", "one of 'auto', 'fp32'|auto, fp32", "--help"),
         ),
         (["--precision", HOSTILE], ("--precision", "invalid choice")),
         (["--target", "gpu"], ("--target", "invalid choice: 'gpu'", "'cpu', 'cuda'|cpu, cuda", "--help")),

@@ -144,7 +144,7 @@ def test_an_unmarked_answer_is_left_to_math_verify(grader: Grader) -> None:
     assert grader.grade("  \n", "7") == Grade(None, False)
 
 
-@pytest.mark.parametrize("found", ["10^{10^{10}}", "9^{9^{9^9}}", "(10^{9})!"])
+@pytest.mark.parametrize("found", ["10^{10^{10}}", "(10^{9})!"])
 def test_what_computes_for_ever_is_undecided_and_wrong(found: str) -> None:
     with Grader(cpu_seconds=0.5) as grader:
         started = time.perf_counter()

@@ -151,7 +151,7 @@ class PagedModel:
         return logits
 
     def cached(self, sequence: int) -> dict[str, NDArray[Any]]:
-        """Past name → the valid rows of a sequence, [Hkv, T, D], as numbers; of scales, by which they count, [Hkv, T]."""
+        """Past name → the valid rows of a sequence as numbers, [Hkv, T, D]; scales [Hkv, T], which they count by."""
         found = {}
         for name, pool in self.pool.items():
             own = pool[self.blocks[sequence]].swapaxes(0, 1)  # [Hkv, blocks, 64, …]

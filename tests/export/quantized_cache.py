@@ -1,4 +1,4 @@
-"""A model whose keys and values are rounded to eight bits, in numpy: the formula of `qwen_rt.quantization`, no graph."""
+"""A model whose keys and values are rounded to eight bits, in numpy: the formula of `qwen_rt.quantization` alone."""
 
 from __future__ import annotations
 

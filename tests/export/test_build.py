@@ -282,7 +282,7 @@ def test_an_output_over_its_source_is_refused(tmp_path: Path) -> None:
 
 
 def test_options_that_do_not_fit(tmp_path: Path) -> None:
-    for fields in ({"target": "tpu"}, {"precision": "fp8"}, {"max_length": 0}, {"max_length": 2049}):
+    for fields in ({"target": "tpu"}, {"precision": "fp6"}, {"max_length": 0}, {"max_length": 2049}):
         with pytest.raises(UsageError, match="expected"):
             build(shared_graph(), tmp_path / "out", options(**fields))
     with pytest.raises(UsageError, match="expected one of auto, float32"):

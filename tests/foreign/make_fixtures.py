@@ -31,18 +31,18 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 VOCAB = 64
-FFN, PADDED_FFN = 80, 96  # the last 16 are zeros, as in the 29696 = 29568 + 128 of the quantized 72B releases
+FFN = 80  # the rest are zeros, as in the 29696 = 29568 + 128 of the quantized 72B releases
 
 
-def tiny_model(folder: Path, dtype: torch.dtype) -> Path:
+def tiny_model(folder: Path, kv_heads: int, padded_ffn: int) -> Path:
     """A Qwen2 of one layer whose MLP is padded with zeros, and a tokenizer of words."""
     torch.manual_seed(0)
     config = Qwen2Config(
         hidden_size=64,
         num_hidden_layers=1,
         num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=PADDED_FFN,
+        num_key_value_heads=kv_heads,
+        intermediate_size=padded_ffn,
         vocab_size=VOCAB,
         max_position_embeddings=128,
         bos_token_id=0,
@@ -60,7 +60,7 @@ def tiny_model(folder: Path, dtype: torch.dtype) -> Path:
         mlp.gate_proj.weight[FFN:] = 0
         mlp.up_proj.weight[FFN:] = 0
         mlp.down_proj.weight[:, FFN:] = 0
-    model.to(dtype).save_pretrained(folder)
+    model.half().save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w1", eos_token="w0", unk_token="w0").save_pretrained(
@@ -81,30 +81,36 @@ def keep(name: str, checkpoint: Path, expected: dict[str, torch.Tensor], package
     (folder / "made_with.json").write_text(json.dumps(versions, indent=2) + "\n")
 
 
-def by_gptqmodel(name: str, dtype: torch.dtype = torch.float16, **options: Any) -> None:
+def by_gptqmodel(name: str, kv_heads: int = 1, padded_ffn: int = 96, **options: Any) -> None:
     """Quantize the tiny model with GPTQModel, load it again on the CPU, and take its weights and logits."""
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     with tempfile.TemporaryDirectory() as temporary:
-        source, out = tiny_model(Path(temporary, "source"), dtype), Path(temporary, "out")
+        source, out = tiny_model(Path(temporary, "source"), kv_heads, padded_ffn), Path(temporary, "out")
         torch.manual_seed(1)
         samples = [
             {"input_ids": torch.randint(2, VOCAB, (64,)).tolist(), "attention_mask": [1] * 64} for _ in range(16)
         ]
-        model = GPTQModel.load(str(source), QuantizeConfig(**options))
+        model = GPTQModel.load(str(source), QuantizeConfig(**options), dtype=torch.float16)
         model.quantize(samples, batch_size=1)
         model.save(str(out))
         backend = BACKEND.AWQ_TORCH if options.get("quant_method") == "awq" else BACKEND.GPTQ_TORCH
-        loaded = GPTQModel.load(str(out), backend=backend, device="cpu").model
+        loaded = GPTQModel.load(str(out), backend=backend, device="cpu", dtype=torch.float16).model
         expected = {}
         for module_name, module in loaded.named_modules():
             if hasattr(module, "qweight"):
                 expected[f"{module_name}.weight"] = dequantized(module)
         ids = torch.arange(2, 26)[None] * 7 % VOCAB
         loaded.float()
-        for module in loaded.modules():
+        for module_name, module in list(loaded.named_modules()):
             if hasattr(module, "qweight"):
                 module.scales = module.scales.float()
+                if options.get("quant_method") == "awq":  # its forward pass refuses float32
+                    linear = torch.nn.Linear(module.in_features, module.out_features, module.bias is not None)
+                    linear.weight.data = dequantized(module)
+                    if module.bias is not None:
+                        linear.bias.data = module.bias.float()
+                    loaded.set_submodule(module_name, linear)
         with torch.no_grad():
             expected["logits"] = loaded(ids).logits
         expected["ids"] = ids
@@ -114,7 +120,8 @@ def by_gptqmodel(name: str, dtype: torch.dtype = torch.float16, **options: Any) 
 def dequantized(module: Any) -> torch.Tensor:
     """A matrix [N, K] as a module of GPTQModel dequantizes it."""
     if hasattr(module, "dequantize_weight"):
-        return module.dequantize_weight().T
+        weight: torch.Tensor = module.dequantize_weight().T
+        return weight
     from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
 
     return dequantize_gemm(module.qweight, module.qzeros, module.scales, module.bits, module.group_size).T
@@ -163,7 +170,7 @@ def by_autogptq(name: str, bits: int, group_size: int) -> None:
             sys.modules[part] = stub
     from auto_gptq.nn_modules.qlinear.qlinear_cuda_old import QuantLinear
 
-    rows, columns = 64, 256
+    rows, columns = 32, 256
     linear = linear_of(rows, columns, bits)
     width = columns if group_size == -1 else group_size
     scales, zeros = asymmetric(linear.weight.data, torch.arange(columns) // width, bits)
@@ -184,13 +191,11 @@ def by_autoawq(name: str, group_size: int) -> None:
     from awq.modules.linear.gemm import WQLinear_GEMM
     from awq.utils.packing_utils import dequantize_gemm
 
-    rows, columns = 64, 256
+    rows, columns = 32, 256
     linear = linear_of(rows, columns, 3)
     width = columns if group_size == -1 else group_size
     scales, zeros = asymmetric(linear.weight.data, torch.arange(columns) // width, 4)
-    layer = WQLinear_GEMM.from_linear(
-        linear, 4, group_size, scales=scales.T.contiguous(), zeros=zeros.T.contiguous()
-    )
+    layer = WQLinear_GEMM.from_linear(linear, 4, width, scales=scales.T.contiguous(), zeros=zeros.T.contiguous())
     tensors = {key: getattr(layer, key) for key in ("qweight", "qzeros", "scales")}
     weight = dequantize_gemm(layer.qweight, layer.qzeros, layer.scales, 4, width).T
     config = {"quant_method": "awq", "bits": 4, "group_size": group_size, "version": "gemm", "zero_point": True}
@@ -204,14 +209,12 @@ def by_compressed_tensors_with_order(name: str, bits: int) -> None:
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
 
-    rows, columns, group_size = 64, 256, 32
+    rows, columns, group_size = 32, 256, 32
     linear = linear_of(rows, columns, 10 + bits)
     g_idx = (torch.randperm(columns) // group_size).to(torch.int32)
     scales, zeros = asymmetric(linear.weight.data, g_idx, bits)
     points = (zeros - 2 ** (bits - 1)).to(torch.int8)
-    args = QuantizationArgs(
-        num_bits=bits, symmetric=False, strategy="group", group_size=group_size, actorder="group"
-    )
+    args = QuantizationArgs(num_bits=bits, symmetric=False, strategy="group", group_size=group_size, actorder="group")
     values = quantize(linear.weight.data, scales, points, args, dtype=torch.int8, g_idx=g_idx)
     weight = dequantize(values, scales, points, args, g_idx=g_idx)
     packed = PackedQuantizationCompressor().compress_weight(
@@ -233,9 +236,11 @@ CASES: dict[str, Callable[[str], None]] = {
     "gptqmodel-int4-act-order": lambda name: by_gptqmodel(name, bits=4, group_size=32, desc_act=True, sym=True),
     "gptqmodel-int4-asym": lambda name: by_gptqmodel(name, bits=4, group_size=16, desc_act=False, sym=False),
     "gptqmodel-int8-v2": lambda name: by_gptqmodel(
-        name, bits=8, group_size=-1, desc_act=False, sym=False, format="gptq_v2"
+        name, bits=8, group_size=-1, desc_act=False, sym=False, format="gptq_v2", act_group_aware=False
     ),
-    "gptqmodel-awq": lambda name: by_gptqmodel(name, bits=4, group_size=32, quant_method="awq", format="gemm"),
+    "gptqmodel-awq": lambda name: by_gptqmodel(
+        name, kv_heads=2, padded_ffn=128, bits=4, group_size=32, quant_method="awq", format="gemm"
+    ),
     "autogptq-int4": lambda name: by_autogptq(name, 4, 64),
     "autogptq-int8": lambda name: by_autogptq(name, 8, -1),
     "autoawq-g64": lambda name: by_autoawq(name, 64),

@@ -8,6 +8,7 @@ import pytest
 
 from qwen_rt.benchmarks.kernel_shapes import ModelShape
 from qwen_rt.errors import QwenRtError, UnsupportedModelError
+from qwen_rt.ops import WEIGHT_FORMATS
 from qwen_rt.plugins.library import NO_DEPENDENT_LAUNCH
 
 if TYPE_CHECKING:
@@ -270,10 +271,11 @@ def test_norm_matrices_do_not_depend_on_batch_mates(call: OpCaller, model: str) 
             assert torch.equal(alone, all_rows[-rows:]), f"{rows} rows"
 
 
+@pytest.mark.parametrize("precision", WEIGHT_FORMATS)
 @pytest.mark.parametrize("rows", [1, 16, 64])
-def test_chain_is_the_same_every_time(call: OpCaller, rows: int) -> None:
+def test_chain_is_the_same_every_time(call: OpCaller, rows: int, precision: str) -> None:
     """All ops in one graph, overlapping: 20 replays and a run without overlap give the same bits."""
-    step = kernel_step.DecodeStep(call, MODELS["1.5b"], num_layers=6)
+    step = kernel_step.DecodeStep(call, MODELS["1.5b"], num_layers=6, precision=precision)
     step.prepare(rows, prompt=500)
     first_ids = step.ids.clone()
 

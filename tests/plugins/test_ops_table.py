@@ -7,7 +7,7 @@ import re
 import pytest
 
 from qwen_rt.errors import MissingDependencyError, UsageError
-from qwen_rt.ops import COUNTER_BYTES, MAX_ROWS, OPS, find_op, shape_of
+from qwen_rt.ops import COUNTER_BYTES, MAX_ROWS, OPS, WEIGHT_FORMATS, OpTensor, find_op, shape_of
 from qwen_rt.plugins import build, library
 
 
@@ -16,6 +16,10 @@ def test_names_are_unique_and_found() -> None:
     assert all(find_op(op.name) is op for op in OPS)
     with pytest.raises(UsageError, match="op 'layer_norm'"):
         find_op("layer_norm")
+
+
+EXTRA = {"half_dim": 2, "columns": 29, "zeros": 31}
+"""Symbols that are no dims."""
 
 
 def words_of(tensors) -> set[str]:
@@ -38,7 +42,7 @@ def test_row_is_consistent(op) -> None:
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_dims_come_back_from_the_shapes_of_the_inputs(op) -> None:
-    primes = dict(zip(op.dims, (3, 5, 7, 11, 13, 17, 19, 23), strict=False)) | {"half_dim": 2}
+    primes = dict(zip(op.dims, (3, 5, 7, 11, 13, 17, 19, 23), strict=False)) | EXTRA
     shapes = {tensor.name: shape_of(tensor.shape, primes) for tensor in op.tensors}
     expected = tuple(primes[dim] for dim in op.dims)
     assert op.dims_of(shapes) == expected
@@ -54,7 +58,11 @@ def test_dims_come_back_from_the_shapes_of_the_inputs(op) -> None:
 def test_shapes_that_contradict_each_other_are_refused() -> None:
     op = find_op("down_residual")
     shapes = {"activation": (2, 64), "weight": (32, 64), "residual": (2, 32)}
-    assert op.dims_of(shapes) == (2, 64, 32)
+    assert op.dims_of(shapes) == (2, 64, 32, 0)
+    packed = {"weight": (32, 32), "scale": (32, 4), "zero_point": (32, 2), "perm": (64,)}
+    assert op.dims_of(shapes | packed) == (2, 64, 32, 4)
+    with pytest.raises(UsageError, match="perm has ffn = 63"):
+        op.dims_of(shapes | packed | {"perm": (63,)})
     with pytest.raises(UsageError, match="residual has rows = 3"):
         op.dims_of(shapes | {"residual": (3, 32)})
     with pytest.raises(UsageError, match="weight has 3 axes"):
@@ -77,6 +85,32 @@ def test_the_c_side_has_the_same_ops_versions_and_dims() -> None:
     assert f"#define QWEN_RT_COUNTER_BYTES {COUNTER_BYTES} " in header
     launch = (build.SOURCES / "common" / "launch.cuh").read_text("utf-8")
     assert f"constexpr int kMaxRows = {MAX_ROWS};\n" in launch
+    formats = (build.SOURCES / "common" / "skinny_format.cuh").read_text("utf-8")
+    named = ", ".join(f"k{name.capitalize()} = {number}" for name, number in WEIGHT_FORMATS.items())
+    assert f"enum class Format {{ {named} }};" in formats
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_the_kernels_number_tensors_and_dims_as_the_table(op) -> None:
+    """Where a launcher names them: its enumerations have as many, in this order."""
+    stem = "prefill" if op.name in ("o_proj_residual", "down_residual") else op.name
+    file = next(path for path in build.SOURCES.rglob(f"{stem}.cu"))
+    text = file.read_text("utf-8")
+    enums = {
+        name: re.sub(r"\s", "", body).split(",") for name, body in re.findall(r"enum (\w+) \{([^}]*)\}", text) if body
+    }
+    places = {word: words.index(word) for words in enums.values() for word in words}
+    assert places["kNumTensors"] == len(op.tensors)
+    if "Dim" in enums:
+        assert places["kNumDims"] == len(op.dims)
+    if "Attribute" in enums:
+        assert places["kNumAttributes"] == len(op.attributes)
+    for names, words in ((op.tensors, "Tensor"), (op.attributes, "Attribute")):
+        for number, item in enumerate(names):
+            name = item.name if isinstance(item, OpTensor) else item[0]
+            wanted = "k" + "".join(part.capitalize() for part in name.split("_"))
+            if words in enums and wanted in enums[words]:
+                assert enums[words].index(wanted) == number, f"{file.name}: {wanted}"
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)

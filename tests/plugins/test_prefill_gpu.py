@@ -230,11 +230,13 @@ def test_up_to_64_rows_want_no_workspace_and_more_say_how_much(call: OpCaller) -
         "down_residual": (s.ffn, s.hidden),
     }
     for op, rest in dims.items():
-        assert library.workspace_bytes(op, (64, *rest)) == 0
-        assert library.workspace_bytes(op, (65, *rest)) > COUNTER_BYTES
+        assert library.workspace_bytes(op, (64, *rest, 0)) == 0
+        assert library.workspace_bytes(op, (64, *rest, 1)) == COUNTER_BYTES + 65 * rest[0] * 2  # permuted rows
+        assert library.workspace_bytes(op, (65, *rest, 0)) > COUNTER_BYTES
+        assert library.workspace_bytes(op, (65, *rest, 4)) > library.workspace_bytes(op, (65, *rest, 0))
     select = "select_o_proj_residual"
-    assert library.workspace_bytes(select, (64, 64, 512, s.hidden)) == 0
-    assert library.workspace_bytes(select, (65, 64, 512, s.hidden)) == COUNTER_BYTES + 64 * (512 + s.hidden) * 2
+    assert library.workspace_bytes(select, (64, 64, 512, s.hidden, 0)) == 0
+    assert library.workspace_bytes(select, (65, 64, 512, s.hidden, 0)) == COUNTER_BYTES + 64 * (512 + s.hidden) * 2
 
 
 def test_what_is_unsupported_is_refused(call: OpCaller) -> None:
@@ -256,8 +258,10 @@ def test_what_is_unsupported_is_refused(call: OpCaller) -> None:
     with pytest.raises(UnsupportedModelError, match="width=66 of the output; expected a multiple of 8"):
         call("down_residual", {"activation": x, "weight": w, "residual": r, "out": r})
     x, w, r = random_bf16(65, 64), random_bf16(64, 64), random_bf16(65, 64)
-    pointers = [t.data_ptr() for t in (x, w, r, r)]
+    pointers = [x.data_ptr(), w.data_ptr(), r.data_ptr(), None, None, None, r.data_ptr()]
     workspace = torch.zeros(COUNTER_BYTES, dtype=torch.uint8, device="cuda")
     for pointer, size in ((None, 0), (workspace.data_ptr(), COUNTER_BYTES)):
         with pytest.raises(QwenRtError, match=f"workspace_bytes={size}; expected"):
-            call.library.launch("down_residual", pointers, (65, 64, 64), workspace=pointer, workspace_bytes=size)
+            call.library.launch(
+                "down_residual", pointers, (65, 64, 64, 0), (0.0,), workspace=pointer, workspace_bytes=size
+            )

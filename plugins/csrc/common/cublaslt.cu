@@ -44,6 +44,9 @@ constexpr int kSuccess = 0, kNotSupported = 15;             // cublasStatus_t
 constexpr int kCompute32F = 68;                             // CUBLAS_COMPUTE_32F
 constexpr int32_t kTransposed = 1;                          // CUBLAS_OP_T
 constexpr int kTransA = 3, kEpilogue = 7, kBiasPointer = 8;  // CUBLASLT_MATMUL_DESC_*
+constexpr int kScaleA = 17, kScaleB = 18, kFastSum = 25;     // CUBLASLT_MATMUL_DESC_{A,B}_SCALE_POINTER, _FAST_ACCUM
+constexpr int kScaleModeA = 31, kScaleModeB = 32;            // CUBLASLT_MATMUL_DESC_{A,B}_SCALE_MODE
+constexpr int32_t kOuterVector = 3;                          // CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F
 constexpr uint32_t kEpilogueBias = 4;                       // CUBLASLT_EPILOGUE_BIAS
 constexpr int kMaxWorkspaceBytes = 1, kReductionMask = 3;   // CUBLASLT_MATMUL_PREF_*
 constexpr int kMinAlignment[4] = {5, 6, 7, 8};              // CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_{A,B,C,D}_BYTES
@@ -123,17 +126,26 @@ uint32_t alignment_of(const void* pointer) {
     return static_cast<uint32_t>(address & (~address + 1));
 }
 
-using Key = std::array<int64_t, 8>;
+using Key = std::array<int64_t, 9>;
 
 Key key_of(int device, const Matmul& p) {
     const int64_t alignments = alignment_of(p.weight) | alignment_of(p.x) << 8 | alignment_of(p.residual) << 16 |
                                int64_t{alignment_of(p.out)} << 24;
     const bool in_place = p.residual == p.out;
-    return {device, p.rows, p.units, p.k, p.stride, p.bias != nullptr, (p.residual != nullptr) + in_place, alignments};
+    return {device, p.rows, p.units, p.k, p.stride, p.bias != nullptr, (p.residual != nullptr) + in_place, alignments,
+            p.weight_scale != nullptr};
 }
 
-int set_bias(const Plan& plan, const void* bias) {
-    return plan.library->set_description(plan.description, kBiasPointer, &bias, sizeof bias);
+int set_pointer(const Plan& plan, int attribute, const void* pointer) {
+    return plan.library->set_description(plan.description, attribute, &pointer, sizeof pointer);
+}
+
+// What a plan's description carries of one call.
+int set_pointers(const Plan& plan, const Matmul& p) {
+    int status = p.bias == nullptr ? kSuccess : set_pointer(plan, kBiasPointer, p.bias);
+    if (p.weight_scale == nullptr) return status;
+    if (status == kSuccess) status = set_pointer(plan, kScaleA, p.weight_scale);
+    return status == kSuccess ? set_pointer(plan, kScaleB, p.x_scale) : status;
 }
 
 int make_plan(Handle handle, const Matmul& p, Plan* plan) {
@@ -143,10 +155,20 @@ int make_plan(Handle handle, const Matmul& p, Plan* plan) {
         status = library.set_description(plan->description, kTransA, &kTransposed, sizeof kTransposed);
     if (status == kSuccess && p.bias != nullptr) {
         status = library.set_description(plan->description, kEpilogue, &kEpilogueBias, sizeof kEpilogueBias);
-        if (status == kSuccess) status = set_bias(*plan, p.bias);
     }
-    if (status == kSuccess) status = library.create_layout(&plan->weight, CUDA_R_16BF, p.k, p.units, p.k);
-    if (status == kSuccess) status = library.create_layout(&plan->x, CUDA_R_16BF, p.k, p.rows, p.k);
+    if (p.weight_scale != nullptr) {
+        // Sums in the matrix units' own width, as other fp8 products have them: the rounding of x errs a hundred times more.
+        const int8_t is_fast = 1;
+        if (status == kSuccess)
+            status = library.set_description(plan->description, kScaleModeA, &kOuterVector, sizeof kOuterVector);
+        if (status == kSuccess)
+            status = library.set_description(plan->description, kScaleModeB, &kOuterVector, sizeof kOuterVector);
+        if (status == kSuccess) status = library.set_description(plan->description, kFastSum, &is_fast, sizeof is_fast);
+    }
+    if (status == kSuccess) status = set_pointers(*plan, p);
+    const cudaDataType_t type = p.weight_scale == nullptr ? CUDA_R_16BF : CUDA_R_8F_E4M3;
+    if (status == kSuccess) status = library.create_layout(&plan->weight, type, p.k, p.units, p.k);
+    if (status == kSuccess) status = library.create_layout(&plan->x, type, p.k, p.rows, p.k);
     if (status == kSuccess) status = library.create_layout(&plan->out, CUDA_R_16BF, p.units, p.rows, p.stride);
     if (status != kSuccess) return status;
 
@@ -176,13 +198,14 @@ int make_plan(Handle handle, const Matmul& p, Plan* plan) {
 // Prefills of ever other lengths would fill memory; 4096 plans are those of several hundred lengths of a model.
 constexpr size_t kMaxPlans = 4096;
 constexpr int kMaxDevices = 64;
+constexpr int kNoLibrary = -1;  // beside cublasStatus_t
 
 struct State {
     std::mutex mutex;  // held while a product is enqueued: a plan's description carries the bias of this call
     bool is_loaded = false;
     Library library = {};
     Handle handles[kMaxDevices] = {};
-    std::map<Key, std::unique_ptr<Plan>> plans;
+    std::map<Key, std::unique_ptr<Plan>> plans;  // null: there is no kernel
 };
 
 State& state() {
@@ -190,37 +213,48 @@ State& state() {
     return *only;
 }
 
-int32_t run(const QwenRtCall& call, const Matmul& p, void* workspace, int device) {
-    State& s = state();
-    const std::lock_guard<std::mutex> lock(s.mutex);
+// Finds the plan of a product, or makes it; the mutex is held. No plan: null, and `status` says why.
+const Plan* find_plan(State& s, const Matmul& p, int device, int* status) {
     if (!s.is_loaded) s.is_loaded = load(&s.library);
-    if (!s.is_loaded)
-        return refuse(call, QWEN_RT_UNSUPPORTED,
-                      "rows=%lld without %s; expected cuBLASLt for more than %d rows; install nvidia-cublas or the CUDA toolkit, "
-                      "and put its lib folder on the loader's path",
-                      static_cast<long long>(p.rows), kNames[0], kMaxRows);
+    if (!s.is_loaded) return *status = kNoLibrary, nullptr;
     Handle& handle = s.handles[device];
     if (handle == nullptr)
-        if (const int status = s.library.create(&handle); status != kSuccess) {
-            handle = nullptr;
-            return refuse(call, QWEN_RT_CUDA_ERROR, "cublasLtCreate: %s", s.library.status_name(status));
-        }
+        if ((*status = s.library.create(&handle)) != kSuccess) return handle = nullptr, nullptr;
     const Key key = key_of(device, p);
     auto found = s.plans.find(key);
     if (found == s.plans.end()) {
         auto plan = std::make_unique<Plan>(&s.library);
-        if (const int status = make_plan(handle, p, plan.get()); status != kSuccess)
-            return refuse(call, status == kNotSupported ? QWEN_RT_UNSUPPORTED : QWEN_RT_CUDA_ERROR,
-                          "rows=%lld, units=%lld, k=%lld: cuBLASLt finds no kernel: %s", static_cast<long long>(p.rows),
-                          static_cast<long long>(p.units), static_cast<long long>(p.k), s.library.status_name(status));
+        *status = make_plan(handle, p, plan.get());
+        if (*status != kSuccess) {
+            if (p.weight_scale == nullptr) return nullptr;
+            plan = nullptr;  // remembered: the next call need not search again
+        }
         if (s.plans.size() >= kMaxPlans) s.plans.clear();
         found = s.plans.emplace(key, std::move(plan)).first;
     }
-    const Plan& plan = *found->second;
-    int status = p.bias == nullptr ? kSuccess : set_bias(plan, p.bias);
+    *status = found->second == nullptr ? kNotSupported : kSuccess;
+    return found->second.get();
+}
+
+int32_t run(const QwenRtCall& call, const Matmul& p, void* workspace, int device) {
+    State& s = state();
+    const std::lock_guard<std::mutex> lock(s.mutex);
+    int status = kSuccess;
+    const Plan* found = find_plan(s, p, device, &status);
+    if (status == kNoLibrary)
+        return refuse(call, QWEN_RT_UNSUPPORTED,
+                      "rows=%lld without %s; expected cuBLASLt for more than %d rows; install nvidia-cublas or the CUDA toolkit, "
+                      "and put its lib folder on the loader's path",
+                      static_cast<long long>(p.rows), kNames[0], kMaxRows);
+    if (found == nullptr)
+        return refuse(call, status == kNotSupported ? QWEN_RT_UNSUPPORTED : QWEN_RT_CUDA_ERROR,
+                      "rows=%lld, units=%lld, k=%lld: cuBLASLt finds no kernel: %s", static_cast<long long>(p.rows),
+                      static_cast<long long>(p.units), static_cast<long long>(p.k), s.library.status_name(status));
+    const Plan& plan = *found;
+    status = set_pointers(plan, p);
     const float alpha = 1.f, beta = p.residual != nullptr ? 1.f : 0.f;
     if (status == kSuccess)
-        status = s.library.matmul(handle, plan.description, &alpha, p.weight, plan.weight, p.x, plan.x, &beta,
+        status = s.library.matmul(s.handles[device], plan.description, &alpha, p.weight, plan.weight, p.x, plan.x, &beta,
                                   p.residual != nullptr ? p.residual : p.out, plan.out, p.out, plan.out, &plan.algorithm,
                                   workspace, kMatmulWorkspaceBytes, static_cast<cudaStream_t>(call.stream));
     if (status != kSuccess) return refuse(call, QWEN_RT_CUDA_ERROR, "cublasLtMatmul: %s", s.library.status_name(status));
@@ -241,6 +275,19 @@ int32_t matmul(const QwenRtCall& call, const Matmul& product, void* workspace) {
         return run(call, product, workspace, device.index);
     } catch (const std::bad_alloc&) {
         return refuse(call, QWEN_RT_CUDA_ERROR, "out of host memory for a plan of cuBLASLt");
+    }
+}
+
+bool has_matmul(const Matmul& product) {
+    Device device;
+    if (current_device(&device) != cudaSuccess || device.index >= kMaxDevices) return false;
+    try {
+        State& s = state();
+        const std::lock_guard<std::mutex> lock(s.mutex);
+        int status = kSuccess;
+        return find_plan(s, product, device.index, &status) != nullptr;
+    } catch (const std::bad_alloc&) {
+        return false;
     }
 }
 

@@ -84,15 +84,21 @@ int32_t launch(const QwenRtCall& call, void (*kernel)(Parameters...), const Devi
 // A pointer that the kernels read 16 bytes at a time.
 inline bool is_aligned(const void* pointer) { return (reinterpret_cast<uintptr_t>(pointer) & 15u) == 0; }
 
-// `small`: bits of the tensors that are read element by element, for which their own alignment will do.
+// A set of tensors, by number.
+template <class... Numbers>
+constexpr unsigned set_of(Numbers... numbers) {
+    return (0u | ... | (1u << numbers));
+}
+
+// `required`: the tensors that must be there. `small`: those read element by element, for which their own alignment will do.
 // `num_optional_dims`: so many dims at the end may be 0, where only absent optional tensors would tell them.
-inline int32_t check_tensors(const QwenRtCall& call, int num_required, int num_all, int num_dims, int num_attributes,
+inline int32_t check_tensors(const QwenRtCall& call, unsigned required, int num_all, int num_dims, int num_attributes,
                              unsigned small = 0, int num_optional_dims = 0) {
     if (call.num_tensors != num_all || call.num_dims != num_dims || call.num_attributes != num_attributes)
         return refuse(call, QWEN_RT_INVALID, "num_tensors=%d num_dims=%d num_attributes=%d; expected %d, %d, %d",
                       call.num_tensors, call.num_dims, call.num_attributes, num_all, num_dims, num_attributes);
     for (int i = 0; i < num_all; ++i) {
-        if (i < num_required && call.tensors[i] == nullptr)
+        if ((required >> i & 1u) && call.tensors[i] == nullptr)
             return refuse(call, QWEN_RT_INVALID, "tensor %d is NULL; expected a device pointer", i);
         if (!(small >> i & 1u) && !is_aligned(call.tensors[i]))
             return refuse(call, QWEN_RT_INVALID, "tensor %d at %p; expected an address divisible by 16", i,

@@ -1,4 +1,5 @@
-// What the matrix ops share for more rows than the skinny kernel takes: scratch memory, and the norm as a pass of its own.
+// What the matrix ops share for more rows than the skinny kernel takes: scratch memory, the norm as a pass of its own, and
+// products with matrices of any format.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,33 +8,58 @@
 
 #include "../capi.h"
 #include "cublaslt.cuh"
+#include "skinny.cuh"
 
 namespace qwen_rt {
 
 constexpr int64_t kMaxPrefillRows = int64_t{1} << 24;
 
+// The matrices of an op that multiply the same rows, beside each other in the output.
+struct PrefillShape {
+    int64_t rows, k;
+    int64_t units[3];       // of each matrix; 0 behind the last
+    int64_t num_product;    // elements of an output that is scratch
+    int64_t groups;         // 0: bf16
+    bool has_norm;
+};
+
 // Parts of the workspace behind its counters, each aligned to 256 bytes.
 struct Scratch {
-    void* matmul;              // kMatmulWorkspaceBytes
-    __nv_bfloat16* normalized;  // as many elements as were asked for
-    __nv_bfloat16* product;     // likewise
-    int64_t bytes;             // of the whole workspace
+    void* matmul;    // kMatmulWorkspaceBytes
+    void* rows;      // activations: normalized bf16, or e4m3 and then their scales
+    bf16* product;   // as many elements as were asked for
+    bf16* slab;      // rows of a matrix in bf16
+    int64_t slab_units;
+    int64_t bytes;   // of the whole workspace
 };
 
 // Divides `workspace`, which may be null to ask for `bytes` only.
-Scratch divide(void* workspace, int64_t num_normalized, int64_t num_product);
+Scratch divide(void* workspace, const PrefillShape& shape);
 
 // Divides the workspace of the call, or refuses it. Also refuses what only a prefill cannot do: too many rows, k of which
 // a row is not whole 128-byte lines, rows of the output that are not whole 16-byte vectors.
-int32_t prepare_prefill(const QwenRtCall& call, int64_t rows, int64_t k, int64_t width, int64_t num_normalized,
-                        int64_t num_product, Scratch* scratch);
+int32_t prepare_prefill(const QwenRtCall& call, const PrefillShape& shape, Scratch* scratch);
 
-// Enqueues out[n] = x[n] / sqrt(mean(x[n]²) + epsilon) ∘ weight, in f32 with one rounding to bf16; k a multiple of 8.
-int32_t normalize_rows(const QwenRtCall& call, const void* x, const void* weight, __nv_bfloat16* out, int64_t rows, int64_t k,
-                       double epsilon);
+struct PrefillRows {
+    const void* x;            // bf16[rows, k]
+    const void* norm_weight;  // bf16[k], or null
+    double epsilon;
+};
 
-// Enqueues out = residual + weight · x for more than 64 rows: o_proj_residual and down_residual.
-int32_t prefill_residual(const QwenRtCall& call);
+struct PrefillOutput {
+    const void* bias[3];   // of each matrix, or null
+    const void* residual;  // bf16, as `out`, or null
+    void* out;             // bf16[rows, sum of units]
+};
+
+// Enqueues out = rows · matricesᵀ + bias + residual. Matrices (and biases and scales) that lie behind each other in memory
+// make one product. e4m3 with scales of rows multiplies e4m3 activations, a scale for each row, where cuBLASLt can; other
+// quantized matrices become bf16, a slab of their rows at a time.
+int32_t multiply_rows(const QwenRtCall& call, const PrefillShape& shape, const PrefillRows& rows, const Matrices& matrices,
+                      const PrefillOutput& output, const Scratch& scratch);
+
+// o_proj_residual and down_residual, which have the same tensors: out = residual + weight · x for any number of rows.
+int32_t launch_residual(const QwenRtCall& call);
 int64_t workspace_residual(const int64_t* dims);
 
 }  // namespace qwen_rt

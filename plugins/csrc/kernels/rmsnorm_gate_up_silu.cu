@@ -4,27 +4,30 @@
 // Tensors (in this order):
 //   hidden      bf16[rows, hidden] in
 //   norm_weight bf16[hidden]       in
-//   gate_weight bf16[ffn, hidden]  in, row-major as in the checkpoint; up_weight likewise
+//   gate_weight [ffn, hidden]      in, bf16 row-major as in the checkpoint, or quantized (core/quantization.py); up_weight
+//                                  likewise
+//   gate_scale, up_scale           in, of quantized matrices: [ffn, groups]
+//   gate_zero_point, up_zero_point in, optional, as packed
+//   perm        i32[hidden]        in, optional: the column order of both
 //   activation  bf16[rows, ffn]    out, must not overlap hidden
-// Dims: rows, hidden, ffn. Attributes: epsilon.
+// Dims: rows, hidden, ffn, groups (0: bf16). Attributes: epsilon, weight_format.
 //
 // Numerics, mapping: up to 64 rows common/skinny_gemm.cuh; gate and up stay in f32 until the one rounding of their product
 //   to bf16. A unit is one pair of a gate and an up row: they are rows g and g + 8 of a matrix tile, so one thread holds
-//   both sums. More rows: common/prefill.cuh rounds the whole norm once, common/cublaslt.cuh gate and up (one product where
-//   the matrices lie behind each other in memory, else two), a kernel here their gated product; 16 bytes per thread and
-//   turn.
-// Workspace: none up to 64 rows; then the counters (not used), cuBLASLt's, the normalized rows, and gate and up side by
-//   side, bf16[rows, 2 ffn].
+//   both sums. More rows: common/prefill.cuh rounds the whole norm once (to bf16, or to e4m3 with a scale for each row),
+//   common/cublaslt.cuh gate and up (one product where the matrices lie behind each other in memory, else two), a kernel
+//   here their gated product; 16 bytes per thread and turn.
+// Workspace: up to 64 rows none for bf16, else room for permuted rows; more rows: the counters (not used), cuBLASLt's, the
+//   normalized rows, gate and up side by side, bf16[rows, 2 ffn], and of quantized matrices a slab in bf16.
 // Preconditions (the launcher checks): hidden a multiple of 64, 16-byte aligned pointers; above 64 rows cuBLASLt, hidden
-//   <= 16384, ffn a multiple of 8, a workspace aligned to 256 bytes.
-// Cost: 4 · hidden · ffn bytes, twice as many FLOPs per row; bound by reading, beyond some 300 rows by the tensor
-//   cores.
+//   <= 32768, ffn a multiple of 8, a workspace aligned to 256 bytes.
+// Cost: the stored bytes of the matrices, 4 · hidden · ffn FLOPs per row; bound by reading, beyond some 300 rows by the
+//   tensor cores.
 // Reference: benchmarks/kernel_references.py::rmsnorm_gate_up_silu; test: tests/plugins/test_kernels_gpu.py,
-//   tests/plugins/test_prefill_gpu.py; bench: benchmarks/bench_kernels.py.
+//   test_prefill_gpu.py, test_quantized_gpu.py; bench: benchmarks/bench_kernels.py.
 // Source: Qwen2RMSNorm and Qwen2MLP of transformers' modeling_qwen2.py.
 #include "../common/ops.cuh"
 #include "../common/prefill.cuh"
-#include "../common/skinny_dispatch.cuh"
 
 namespace qwen_rt {
 
@@ -50,53 +53,69 @@ __global__ void __launch_bounds__(kGateThreads) gate_kernel(const bf16* gate_up,
         make_uint4(gate_pair(g.x, u.x), gate_pair(g.y, u.y), gate_pair(g.z, u.z), gate_pair(g.w, u.w));
 }
 
-// ---------------------------------------------------------------- prefill
+// ---------------------------------------------------------------- launcher
 
-int64_t workspace_rmsnorm_gate_up_silu(const int64_t* dims, int32_t) {
-    return dims[0] <= kMaxRows ? 0 : divide(nullptr, dims[0] * dims[1], dims[0] * 2 * dims[2]).bytes;
+namespace {
+
+enum Tensor {
+    kHidden, kNormWeight, kGateWeight, kUpWeight, kGateScale, kUpScale, kGateZeroPoint, kUpZeroPoint, kPerm, kActivation,
+    kNumTensors
+};
+enum Dim { kRows, kHiddenDim, kFfn, kGroups, kNumDims };
+enum Attribute { kEpsilon, kWeightFormat, kNumAttributes };
+constexpr MatrixTensors kMatrices = {
+    2, {kGateWeight, kUpWeight}, {kGateScale, kUpScale}, {kGateZeroPoint, kUpZeroPoint}, kPerm};
+
+PrefillShape shape_of(const int64_t* dims) {
+    return {dims[kRows], dims[kHiddenDim], {dims[kFfn], dims[kFfn], 0}, dims[kRows] * 2 * dims[kFfn], dims[kGroups], true};
 }
 
-static int32_t prefill_gate_up(const QwenRtCall& call) {
-    const int64_t rows = call.dims[0], k = call.dims[1], ffn = call.dims[2];
+int32_t prefill_gate_up(const QwenRtCall& call, const Matrices& matrices) {
+    const int64_t rows = call.dims[kRows], ffn = call.dims[kFfn];
+    if (ffn % 8 != 0)
+        return refuse(call, QWEN_RT_UNSUPPORTED, "width=%lld of the output; expected a multiple of 8", static_cast<long long>(ffn));
+    const PrefillShape shape = shape_of(call.dims);
     Scratch scratch;
-    if (const int32_t status = prepare_prefill(call, rows, k, ffn, rows * k, rows * 2 * ffn, &scratch)) return status;
+    if (const int32_t status = prepare_prefill(call, shape, &scratch)) return status;
     Device device;
     if (const cudaError_t error = current_device(&device); error != cudaSuccess)
         return refuse(call, QWEN_RT_CUDA_ERROR, "no device: %s", cudaGetErrorString(error));
-    const double epsilon = call.attributes[0];
-    int32_t status = normalize_rows(call, call.tensors[0], call.tensors[1], scratch.normalized, rows, k, epsilon);
-    const bf16* gate = static_cast<const bf16*>(call.tensors[2]);
-    const bf16* up = static_cast<const bf16*>(call.tensors[3]);
-    Matmul product = {scratch.normalized, gate, nullptr, nullptr, scratch.product, rows, 2 * ffn, k, 2 * ffn};
-    if (up != gate + ffn * k) {
-        product.units = ffn;
-        if (status == QWEN_RT_OK) status = matmul(call, product, scratch.matmul);
-        product.weight = up;
-        product.out = scratch.product + ffn;
-    }
-    if (status == QWEN_RT_OK) status = matmul(call, product, scratch.matmul);
-    if (status != QWEN_RT_OK) return status;
+    if (const int32_t status =
+            multiply_rows(call, shape, {call.tensors[kHidden], call.tensors[kNormWeight], call.attributes[kEpsilon]}, matrices,
+                          {{nullptr, nullptr, nullptr}, nullptr, scratch.product}, scratch))
+        return status;
     const dim3 grid(static_cast<unsigned>(rows), static_cast<unsigned>((ffn / 8 + kGateThreads - 1) / kGateThreads));
     return launch(call, gate_kernel, device, grid, kGateThreads, 0, static_cast<const bf16*>(scratch.product),
-                  static_cast<bf16*>(call.tensors[4]), static_cast<int>(ffn));
+                  static_cast<bf16*>(call.tensors[kActivation]), static_cast<int>(ffn));
 }
 
-// ---------------------------------------------------------------- launcher
+}  // namespace
+
+int64_t workspace_rmsnorm_gate_up_silu(const int64_t* dims, int32_t) {
+    return dims[kRows] <= kMaxRows ? workspace_skinny(dims[kRows], dims[kHiddenDim], dims[kGroups])
+                                   : divide(nullptr, shape_of(dims)).bytes;
+}
 
 int32_t launch_rmsnorm_gate_up_silu(const QwenRtCall& call) {
-    if (const int32_t status = check_tensors(call, 5, 5, 3, 1)) return status;
-    if (call.dims[0] > kMaxRows) return prefill_gate_up(call);
+    if (const int32_t status = check_tensors(call, set_of(kHidden, kNormWeight, kGateWeight, kUpWeight, kActivation), kNumTensors,
+                                             kNumDims, kNumAttributes, set_of(kPerm), 1))
+        return status;
+    const int64_t* dims = call.dims;
+    Matrices matrices;
+    if (const int32_t status =
+            read_matrices(call, kMatrices, dims[kHiddenDim], dims[kGroups], call.attributes[kWeightFormat], &matrices))
+        return status;
+    if (dims[kRows] > kMaxRows) return prefill_gate_up(call, matrices);
     SkinnyParams p = {};
-    p.x = static_cast<const bf16*>(call.tensors[0]);
-    p.norm_weight = static_cast<const bf16*>(call.tensors[1]);
-    p.weight[0] = static_cast<const bf16*>(call.tensors[2]);
-    p.weight[1] = static_cast<const bf16*>(call.tensors[3]);
-    p.out = call.tensors[4];
-    p.rows = static_cast<int>(call.dims[0]);
-    p.k = static_cast<int>(call.dims[1]);
-    p.units = static_cast<int>(call.dims[2]);
-    p.epsilon = static_cast<float>(call.attributes[0]);
-    return launch_skinny<Epilogue::kSiluGate, true>(call, p);
+    p.epilogue = Epilogue::kSiluGate;
+    p.x = static_cast<const bf16*>(call.tensors[kHidden]);
+    p.norm_weight = static_cast<const bf16*>(call.tensors[kNormWeight]);
+    p.out = call.tensors[kActivation];
+    p.rows = static_cast<int>(dims[kRows]);
+    p.k = static_cast<int>(dims[kHiddenDim]);
+    p.units = static_cast<int>(dims[kFfn]);
+    p.epsilon = static_cast<float>(call.attributes[kEpsilon]);
+    return launch_skinny(call, matrices, p, skinny_scratch(call, workspace_rmsnorm_gate_up_silu(dims, call.num_dims)));
 }
 
 }  // namespace qwen_rt

@@ -2,82 +2,87 @@
 //   qkv[n] = concat(q_weight, k_weight, v_weight) · (hidden[n] / sqrt(mean(hidden[n]²) + epsilon) ∘ norm_weight) + bias
 //
 // Tensors (in this order):
-//   hidden      bf16[rows, hidden]              in
-//   norm_weight bf16[hidden]                    in
-//   q_weight    bf16[q_width, hidden]           in, row-major as in the checkpoint; k_weight, v_weight bf16[kv_width, hidden]
-//   q_bias      bf16[q_width]                   in, optional (NULL); k_bias, v_bias bf16[kv_width], likewise
-//   qkv         bf16[rows, q_width + 2 kv_width] out, must not overlap hidden
-// Dims: rows, hidden, q_width, kv_width. Attributes: epsilon.
+//   hidden       bf16[rows, hidden]               in
+//   norm_weight  bf16[hidden]                     in
+//   q_weight     [q_width, hidden]                in, bf16 row-major as in the checkpoint, or quantized
+//                                                 (core/quantization.py); k_weight, v_weight [kv_width, hidden], likewise
+//   q_bias       bf16[q_width]                    in, optional (NULL); k_bias, v_bias bf16[kv_width], likewise
+//   q_scale, k_scale, v_scale                     in, of quantized matrices: [width, groups]
+//   q_zero_point, k_zero_point, v_zero_point      in, optional, as packed
+//   perm         i32[hidden]                      in, optional: the column order of all three
+//   qkv          bf16[rows, q_width + 2 kv_width] out, must not overlap hidden
+// Dims: rows, hidden, q_width, kv_width, groups (0: bf16). Attributes: epsilon, weight_format.
 //
 // Numerics, mapping: up to 64 rows common/skinny_gemm.cuh: one rounding of hidden ∘ norm_weight to bf16, one of the result.
-//   More rows: common/prefill.cuh rounds the whole norm once, then common/cublaslt.cuh adds the bias in f32 and rounds the
-//   result; one product where the matrices (and the biases, if any) lie behind each other in memory, else three.
-// Workspace: none up to 64 rows; then the counters (not used), cuBLASLt's, and the normalized rows.
+//   More rows: common/prefill.cuh rounds the whole norm once (to bf16, or to e4m3 with a scale for each row), then
+//   common/cublaslt.cuh adds the bias in f32 and rounds the result; one product where the matrices (and all that belongs to
+//   them) lie behind each other in memory, else three.
+// Workspace: up to 64 rows none for bf16, else room for permuted rows; more rows: the counters (not used), cuBLASLt's, the
+//   normalized rows, and of quantized matrices a slab in bf16.
 // Preconditions (the launcher checks): hidden a multiple of 64, 16-byte aligned pointers; above 64 rows cuBLASLt, hidden
-//   <= 16384, a row of qkv a multiple of 8, a workspace aligned to 256 bytes.
-// Cost: 2 · hidden · (q_width + 2 kv_width) bytes, twice as many FLOPs per row; bound by reading, beyond some 300 rows
-//   by the tensor cores.
-// Reference: benchmarks/kernel_references.py::rmsnorm_qkv; test: tests/plugins/test_kernels_gpu.py,
-//   tests/plugins/test_prefill_gpu.py; bench: benchmarks/bench_kernels.py.
+//   <= 32768, a row of qkv a multiple of 8, a workspace aligned to 256 bytes.
+// Cost: the stored bytes of the matrices, 2 · hidden · (q_width + 2 kv_width) FLOPs per row; bound by reading, beyond some
+//   300 rows by the tensor cores.
+// Reference: benchmarks/kernel_references.py::rmsnorm_qkv; test: tests/plugins/test_kernels_gpu.py, test_prefill_gpu.py,
+//   test_quantized_gpu.py; bench: benchmarks/bench_kernels.py.
 // Source: Qwen2RMSNorm and Qwen2Attention.{q,k,v}_proj of transformers' modeling_qwen2.py.
 #include "../common/ops.cuh"
 #include "../common/prefill.cuh"
-#include "../common/skinny_dispatch.cuh"
 
 namespace qwen_rt {
 
-// ---------------------------------------------------------------- prefill
+namespace {
+
+enum Tensor {
+    kHidden, kNormWeight, kQWeight, kKWeight, kVWeight, kQBias, kKBias, kVBias, kQScale, kKScale, kVScale, kQZeroPoint,
+    kKZeroPoint, kVZeroPoint, kPerm, kQkv, kNumTensors
+};
+enum Dim { kRows, kHiddenDim, kQWidth, kKvWidth, kGroups, kNumDims };
+enum Attribute { kEpsilon, kWeightFormat, kNumAttributes };
+constexpr MatrixTensors kMatrices = {
+    3, {kQWeight, kKWeight, kVWeight}, {kQScale, kKScale, kVScale}, {kQZeroPoint, kKZeroPoint, kVZeroPoint}, kPerm};
+
+PrefillShape shape_of(const int64_t* dims) {
+    return {dims[kRows], dims[kHiddenDim], {dims[kQWidth], dims[kKvWidth], dims[kKvWidth]}, 0, dims[kGroups], true};
+}
+
+}  // namespace
 
 int64_t workspace_rmsnorm_qkv(const int64_t* dims, int32_t) {
-    return dims[0] <= kMaxRows ? 0 : divide(nullptr, dims[0] * dims[1], 0).bytes;
+    return dims[kRows] <= kMaxRows ? workspace_skinny(dims[kRows], dims[kHiddenDim], dims[kGroups])
+                                   : divide(nullptr, shape_of(dims)).bytes;
 }
-
-static int32_t prefill_qkv(const QwenRtCall& call) {
-    const int64_t rows = call.dims[0], k = call.dims[1], q_width = call.dims[2], kv_width = call.dims[3];
-    const int64_t width = q_width + 2 * kv_width;
-    Scratch scratch;
-    if (const int32_t status = prepare_prefill(call, rows, k, width, rows * k, 0, &scratch)) return status;
-    const double epsilon = call.attributes[0];
-    if (const int32_t status = normalize_rows(call, call.tensors[0], call.tensors[1], scratch.normalized, rows, k, epsilon))
-        return status;
-    const auto tensor = [&](int i) { return static_cast<const bf16*>(call.tensors[i]); };
-    bf16* out = static_cast<bf16*>(call.tensors[8]);
-    const int64_t widths[3] = {q_width, kv_width, kv_width};
-    bool is_one = true;
-    for (int i = 0; i < 2; ++i) {
-        is_one &= tensor(3 + i) == tensor(2 + i) + widths[i] * k;
-        is_one &= tensor(5 + i) == nullptr ? tensor(6 + i) == nullptr : tensor(6 + i) == tensor(5 + i) + widths[i];
-    }
-    if (is_one)
-        return matmul(call, {scratch.normalized, tensor(2), tensor(5), nullptr, out, rows, width, k, width}, scratch.matmul);
-    for (int i = 0; i < 3; out += widths[i++])
-        if (const int32_t status = matmul(
-                call, {scratch.normalized, tensor(2 + i), tensor(5 + i), nullptr, out, rows, widths[i], k, width},
-                scratch.matmul))
-            return status;
-    return QWEN_RT_OK;
-}
-
-// ---------------------------------------------------------------- launcher
 
 int32_t launch_rmsnorm_qkv(const QwenRtCall& call) {
-    if (const int32_t status = check_tensors(call, 5, 9, 4, 1)) return status;
-    if (call.tensors[8] == nullptr) return refuse(call, QWEN_RT_INVALID, "qkv is NULL; expected a device pointer");
-    if (call.dims[0] > kMaxRows) return prefill_qkv(call);
+    if (const int32_t status = check_tensors(call, set_of(kHidden, kNormWeight, kQWeight, kKWeight, kVWeight, kQkv), kNumTensors,
+                                             kNumDims, kNumAttributes, set_of(kPerm), 1))
+        return status;
+    const int64_t* dims = call.dims;
+    Matrices matrices;
+    if (const int32_t status =
+            read_matrices(call, kMatrices, dims[kHiddenDim], dims[kGroups], call.attributes[kWeightFormat], &matrices))
+        return status;
+    void* const* t = call.tensors;
+    if (dims[kRows] > kMaxRows) {
+        const PrefillShape shape = shape_of(dims);
+        Scratch scratch;
+        if (const int32_t status = prepare_prefill(call, shape, &scratch)) return status;
+        return multiply_rows(call, shape, {t[kHidden], t[kNormWeight], call.attributes[kEpsilon]}, matrices,
+                             {{t[kQBias], t[kKBias], t[kVBias]}, nullptr, t[kQkv]}, scratch);
+    }
     SkinnyParams p = {};
-    const auto tensor = [&](int i) { return static_cast<const bf16*>(call.tensors[i]); };
-    const int q_width = static_cast<int>(call.dims[2]), kv_width = static_cast<int>(call.dims[3]);
-    p.x = tensor(0);
-    p.norm_weight = tensor(1);
-    for (int i = 0; i < 3; ++i) p.weight[i] = tensor(2 + i), p.bias[i] = tensor(5 + i);
-    p.out = call.tensors[8];
-    p.rows = static_cast<int>(call.dims[0]);
-    p.k = static_cast<int>(call.dims[1]);
-    p.segment_end[0] = q_width;
-    p.segment_end[1] = q_width + kv_width;
-    p.segment_end[2] = p.units = q_width + 2 * kv_width;
-    p.epsilon = static_cast<float>(call.attributes[0]);
-    return launch_skinny<Epilogue::kBias, true>(call, p);
+    p.epilogue = Epilogue::kBias;
+    p.x = static_cast<const bf16*>(t[kHidden]);
+    p.norm_weight = static_cast<const bf16*>(t[kNormWeight]);
+    for (int i = 0; i < 3; ++i) p.bias[i] = static_cast<const bf16*>(t[kQBias + i]);
+    p.out = t[kQkv];
+    p.rows = static_cast<int>(dims[kRows]);
+    p.k = static_cast<int>(dims[kHiddenDim]);
+    p.segment_end[0] = static_cast<int>(dims[kQWidth]);
+    p.segment_end[1] = static_cast<int>(dims[kQWidth] + dims[kKvWidth]);
+    p.segment_end[2] = p.units = static_cast<int>(dims[kQWidth] + 2 * dims[kKvWidth]);
+    p.epsilon = static_cast<float>(call.attributes[kEpsilon]);
+    return launch_skinny(call, matrices, p, skinny_scratch(call, workspace_rmsnorm_qkv(dims, call.num_dims)));
 }
 
 }  // namespace qwen_rt

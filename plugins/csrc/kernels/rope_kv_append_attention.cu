@@ -37,7 +37,12 @@ namespace qwen_rt {
 
 namespace {
 
-enum Dim { kRows, kQWidth, kKvHeads, kHeadDim, kNumBlocks, kBlockSize, kSequences, kMaxBlocks };
+enum Tensor {
+    kQkv, kPositions, kQueryStarts, kInvFreq, kBlockTables, kKCache, kVCache, kKScales, kVScales, kKOffset, kVOffset, kOut,
+    kPresentK, kPresentV, kPresentKScales, kPresentVScales, kNumTensors
+};
+enum Dim { kRows, kQWidth, kKvHeads, kHeadDim, kNumBlocks, kBlockSize, kSequences, kMaxBlocks, kNumDims };
+enum Attribute { kScale, kRopeScaling, kMaxLength, kKvFormat, kNumAttributes };
 
 constexpr int kBlockStep = 16;  // what a block's size must divide by
 
@@ -52,9 +57,14 @@ int64_t workspace_rope_kv_append_attention(const int64_t* dims, int32_t) {
 }
 
 int32_t launch_rope_kv_append_attention(const QwenRtCall& call) {
-    if (const int32_t status = check_tensors(call, 8, 10, 8, 3, 0b11110)) return status;
+    if (const int32_t status = check_tensors(
+            call, set_of(kQkv, kPositions, kQueryStarts, kInvFreq, kBlockTables, kKCache, kVCache, kOut), kNumTensors, kNumDims,
+            kNumAttributes, set_of(kPositions, kQueryStarts, kInvFreq, kBlockTables)))
+        return status;
+    if (call.attributes[kKvFormat] != 0)
+        return refuse(call, QWEN_RT_UNSUPPORTED, "kv_format=%g; expected 0 (bf16)", call.attributes[kKvFormat]);
     for (int i = 0; i < 2; ++i)
-        if (call.tensors[8 + i] != nullptr && call.tensors[8 + i] != call.tensors[5 + i])
+        if (call.tensors[kPresentK + i] != nullptr && call.tensors[kPresentK + i] != call.tensors[kKCache + i])
             return refuse(call, QWEN_RT_INVALID, "present_%c is another buffer; expected the cache itself", "kv"[i]);
     Device device;
     if (const cudaError_t error = current_device(&device); error != cudaSuccess)
@@ -83,14 +93,14 @@ int32_t launch_rope_kv_append_attention(const QwenRtCall& call) {
         return refuse(call, QWEN_RT_INVALID, "workspace_bytes=%lld; expected %lld", (long long)call.workspace_bytes,
                       (long long)needed);
     AttentionArguments a = {};
-    a.qkv = static_cast<const bf16*>(call.tensors[0]);
-    a.positions = static_cast<const int64_t*>(call.tensors[1]);
-    a.query_starts = static_cast<const int32_t*>(call.tensors[2]);
-    a.inv_freq = static_cast<const float*>(call.tensors[3]);
-    a.block_tables = static_cast<const int32_t*>(call.tensors[4]);
-    a.k_cache = static_cast<bf16*>(call.tensors[5]);
-    a.v_cache = static_cast<bf16*>(call.tensors[6]);
-    a.out = static_cast<bf16*>(call.tensors[7]);
+    a.qkv = static_cast<const bf16*>(call.tensors[kQkv]);
+    a.positions = static_cast<const int64_t*>(call.tensors[kPositions]);
+    a.query_starts = static_cast<const int32_t*>(call.tensors[kQueryStarts]);
+    a.inv_freq = static_cast<const float*>(call.tensors[kInvFreq]);
+    a.block_tables = static_cast<const int32_t*>(call.tensors[kBlockTables]);
+    a.k_cache = static_cast<bf16*>(call.tensors[kKCache]);
+    a.v_cache = static_cast<bf16*>(call.tensors[kVCache]);
+    a.out = static_cast<bf16*>(call.tensors[kOut]);
     a.counters = call.workspace;
     a.scratch = static_cast<char*>(call.workspace) + QWEN_RT_COUNTER_BYTES;
     a.rows = rows;
@@ -101,9 +111,9 @@ int32_t launch_rope_kv_append_attention(const QwenRtCall& call) {
     a.head_dim = static_cast<int>(head_dim);
     a.block_size = static_cast<int>(dims[kBlockSize]);
     a.max_blocks = static_cast<int>(dims[kMaxBlocks]);
-    a.scale = static_cast<float>(call.attributes[0]);
-    a.rope_scaling = static_cast<float>(call.attributes[1]);
-    const int64_t longest = static_cast<int64_t>(call.attributes[2]);
+    a.scale = static_cast<float>(call.attributes[kScale]);
+    a.rope_scaling = static_cast<float>(call.attributes[kRopeScaling]);
+    const int64_t longest = static_cast<int64_t>(call.attributes[kMaxLength]);
     a.max_length = longest <= 0 || longest > capacity ? capacity : longest;
     return rows == sequences ? launch_attention_decode(call, device, a) : launch_attention_prefill(call, device, a);
 }

@@ -139,7 +139,7 @@ constexpr Pair kNeeds[] = {
 
 int32_t check_sample(const QwenRtCall& call) {
     constexpr unsigned kWide = 1u << kLogits | 1u << kCounts;  // read 16 bytes at a time
-    if (const int32_t status = check_tensors(call, 1, kNumTensors, 5, 1, ~kWide, 3)) return status;
+    if (const int32_t status = check_tensors(call, set_of(kLogits), kNumTensors, 5, 1, ~kWide, 3)) return status;
     if (call.tensors[kNextIds] == nullptr)
         return refuse(call, QWEN_RT_INVALID, "next_ids is NULL; expected a device pointer");
     for (const Pair& pair : kAliases)

@@ -6,23 +6,27 @@
 //   attention  bf16[rows, width]         in
 //   indices    i64[sequences]            in: rows; not read if rows == sequences (then i = b). An index outside 0..rows - 1
 //                                        gives a row of NaN, so that it cannot pass unnoticed
-//   weight     bf16[hidden, width]       in, row-major as in the checkpoint
+//   weight     [hidden, width]           in, bf16 row-major as in the checkpoint, or quantized (core/quantization.py)
 //   residual   bf16[rows, hidden]        in
+//   scale, zero_point, perm              in, of a quantized weight: [hidden, groups], as packed, i32[width]; the last two
+//                                        optional
 //   out        bf16[sequences, hidden]   out
-// Dims: rows, sequences, width, hidden. No attributes.
+// Dims: rows, sequences, width, hidden, groups (0: bf16). Attributes: weight_format.
 //
 // Numerics, mapping: common/skinny_gemm.cuh; the residual is added in f32 before the one rounding to bf16. With more rows
 //   than sequences a kernel copies the rows first, two blocks a sequence, 16 bytes per thread and turn: a row has the same
 //   bits as if it were given alone.
-// Workspace: none if rows == sequences; else the counters (not used) and bf16[sequences, width + hidden].
+// Workspace: none for bf16 if rows == sequences; else the counters (not used), bf16[sequences, width + hidden], and room for
+//   permuted rows where the weight is quantized.
 // Preconditions (the launcher checks): sequences <= 64, rows >= sequences, width a multiple of 64, hidden of 8, 16-byte
 //   aligned pointers but for indices.
-// Cost: 2 · hidden · width bytes, twice as many FLOPs per sequence; bound by reading.
-// Reference: benchmarks/kernel_references.py::o_proj_residual; test: tests/plugins/test_prefill_gpu.py; bench:
+// Cost: the stored bytes of the weight, 2 · hidden · width FLOPs per sequence; bound by reading.
+// Reference: benchmarks/kernel_references.py::o_proj_residual; test: tests/plugins/test_prefill_gpu.py,
+//   test_quantized_gpu.py; bench:
 //   benchmarks/bench_kernels.py (o_proj_residual: a decode step runs the same kernel).
 // Source: Qwen2Attention.o_proj and Qwen2DecoderLayer of transformers' modeling_qwen2.py.
 #include "../common/ops.cuh"
-#include "../common/skinny_dispatch.cuh"
+#include "../common/skinny.cuh"
 
 namespace qwen_rt {
 
@@ -50,19 +54,35 @@ __global__ void gather_kernel(Gather attention, Gather residual, const int64_t* 
 
 namespace {
 
-enum Dim { kRows, kSequences, kWidth, kHidden };
+enum Tensor { kAttention, kIndices, kWeight, kResidual, kScale, kZeroPoint, kPerm, kOut, kNumTensors };
+enum Dim { kRows, kSequences, kWidth, kHidden, kGroups, kNumDims };
+enum Attribute { kWeightFormat, kNumAttributes };
+constexpr MatrixTensors kMatrices = {1, {kWeight}, {kScale}, {kZeroPoint}, kPerm};
 
 constexpr int kGatherThreads = 128;
+
+int64_t round_up(int64_t bytes) { return (bytes + 15) / 16 * 16; }
+
+// Of the chosen rows of attention and residual, behind the counters.
+int64_t bytes_of_chosen(const int64_t* dims) {
+    return dims[kRows] == dims[kSequences] ? 0 : round_up(dims[kSequences] * (dims[kWidth] + dims[kHidden]) * 2);
+}
 
 }  // namespace
 
 int64_t workspace_select_o_proj_residual(const int64_t* dims, int32_t) {
-    if (dims[kRows] == dims[kSequences]) return 0;
-    return QWEN_RT_COUNTER_BYTES + dims[kSequences] * (dims[kWidth] + dims[kHidden]) * 2;
+    const int64_t permuted = workspace_skinny(dims[kSequences], dims[kWidth], dims[kGroups]), chosen = bytes_of_chosen(dims);
+    return permuted > 0 ? permuted + chosen : chosen > 0 ? QWEN_RT_COUNTER_BYTES + chosen : 0;
 }
 
 int32_t launch_select_o_proj_residual(const QwenRtCall& call) {
-    if (const int32_t status = check_tensors(call, 5, 5, 4, 0, 0b10)) return status;
+    if (const int32_t status = check_tensors(call, set_of(kAttention, kIndices, kWeight, kResidual, kOut), kNumTensors, kNumDims,
+                                             kNumAttributes, set_of(kIndices, kPerm), 1))
+        return status;
+    Matrices matrices;
+    if (const int32_t status = read_matrices(call, kMatrices, call.dims[kWidth], call.dims[kGroups],
+                                             call.attributes[kWeightFormat], &matrices))
+        return status;
     const int64_t rows = call.dims[kRows], sequences = call.dims[kSequences];
     if (sequences > kMaxRows)
         return refuse(call, QWEN_RT_UNSUPPORTED, "sequences=%lld; expected 1 to %d", static_cast<long long>(sequences),
@@ -71,33 +91,35 @@ int32_t launch_select_o_proj_residual(const QwenRtCall& call) {
         return refuse(call, QWEN_RT_INVALID, "rows=%lld of sequences=%lld; expected at least as many",
                       static_cast<long long>(rows), static_cast<long long>(sequences));
     SkinnyParams p = {};
-    p.x = static_cast<const bf16*>(call.tensors[0]);
-    p.weight[0] = static_cast<const bf16*>(call.tensors[2]);
-    p.residual = static_cast<const bf16*>(call.tensors[3]);
-    p.out = call.tensors[4];
+    p.epilogue = Epilogue::kResidual;
+    p.x = static_cast<const bf16*>(call.tensors[kAttention]);
+    p.residual = static_cast<const bf16*>(call.tensors[kResidual]);
+    p.out = call.tensors[kOut];
     p.rows = static_cast<int>(sequences);
     p.k = static_cast<int>(call.dims[kWidth]);
     p.units = static_cast<int>(call.dims[kHidden]);
+    const int64_t needed = workspace_select_o_proj_residual(call.dims, call.num_dims);
+    void* scratch = skinny_scratch(call, needed);
     if (rows > sequences) {
-        if (p.k % kSlice != 0 || p.units % 8 != 0)
-            return refuse(call, QWEN_RT_UNSUPPORTED, "width=%d, hidden=%d; expected multiples of %d and 8", p.k, p.units, kSlice);
-        const int64_t needed = workspace_select_o_proj_residual(call.dims, call.num_dims);
-        if (call.workspace == nullptr || call.workspace_bytes < needed || !is_aligned(call.workspace))
+        if (p.k % 8 != 0 || p.units % 8 != 0)
+            return refuse(call, QWEN_RT_UNSUPPORTED, "width=%d, hidden=%d; expected multiples of 8", p.k, p.units);
+        if (scratch == nullptr)
             return refuse(call, QWEN_RT_INVALID, "workspace_bytes=%lld at %p; expected %lld, aligned to 16",
                           static_cast<long long>(call.workspace_bytes), call.workspace, static_cast<long long>(needed));
         Device device;
         if (const cudaError_t error = current_device(&device); error != cudaSuccess)
             return refuse(call, QWEN_RT_CUDA_ERROR, "no device: %s", cudaGetErrorString(error));
-        bf16* attention = reinterpret_cast<bf16*>(static_cast<char*>(call.workspace) + QWEN_RT_COUNTER_BYTES);
+        bf16* attention = static_cast<bf16*>(scratch);
         bf16* residual = attention + sequences * p.k;
         const Gather of_attention = {p.x, attention, p.k}, of_residual = {p.residual, residual, p.units};
         if (const int32_t status = launch(call, gather_kernel, device, dim3(static_cast<unsigned>(sequences), 2), kGatherThreads,
-                                          0, of_attention, of_residual, static_cast<const int64_t*>(call.tensors[1]), rows))
+                                          0, of_attention, of_residual, static_cast<const int64_t*>(call.tensors[kIndices]), rows))
             return status;
         p.x = attention;
         p.residual = residual;
+        scratch = static_cast<char*>(scratch) + bytes_of_chosen(call.dims);
     }
-    return launch_skinny<Epilogue::kResidual, false>(call, p);
+    return launch_skinny(call, matrices, p, scratch);
 }
 
 }  // namespace qwen_rt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import json
 import math
 import shutil
@@ -20,8 +21,12 @@ from onnx import helper
 from qwen_rt.ops import DOMAIN, OpTensor, PluginOp, shape_of
 from qwen_rt.plugins import build
 
-ELEMENT_TYPES = {"bf16": 16, "f32": 1, "i32": 6, "i64": 7, "u8": 2}
-ITEM_BYTES = {"bf16": 2, "f32": 4, "i32": 4, "i64": 8, "u8": 1}
+ELEMENT_TYPES = {"bf16": 16, "f16": 10, "f32": 1, "i32": 6, "i64": 7, "u8": 2, "i8": 3, "f8": 17}
+ITEM_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "i32": 4, "i64": 8, "u8": 1, "i8": 1, "f8": 1}
+CONCRETE = {"weight": "f8", "scale": "f32", "zero": "i8", "cache": "i8"}
+"""Dtype of the table that stands for several → the one that a case takes unless told otherwise."""
+EXTRA = {"half_dim": 2, "columns": 6, "zeros": 4}
+"""Symbols that are no dims."""
 WORKSPACE = OpTensor("workspace", "u8", ("W",))
 PRIMES = (3, 5, 7, 11, 13, 17, 19, 23)
 UNTOLD = {"ring"}  # dims that only outputs tell: no graph can have those outputs
@@ -66,6 +71,11 @@ def compile_stub(folder: Path) -> Stub:
     return Stub(target)
 
 
+def dtype_of(tensor: OpTensor) -> str:
+    """The concrete dtype of a tensor."""
+    return CONCRETE.get(tensor.dtype, tensor.dtype)
+
+
 def node(op: PluginOp, inputs: Sequence[str], outputs: Sequence[str], **attributes: float) -> Any:
     return helper.make_node(op.name, inputs, outputs, domain=DOMAIN, name=f"/{outputs[0]}", **attributes)
 
@@ -80,11 +90,11 @@ def open_session(
     """A session over the nodes; inputs and outputs have types and no shapes, so that any can be bound."""
 
     def infos(values: Mapping[str, OpTensor]) -> list[Any]:
-        return [helper.make_tensor_value_info(name, ELEMENT_TYPES[t.dtype], None) for name, t in values.items()]
+        return [helper.make_tensor_value_info(name, ELEMENT_TYPES[dtype_of(t)], None) for name, t in values.items()]
 
     graph = helper.make_graph(nodes, "graph", infos(inputs), infos(outputs))
     for name, (tensor, shape) in (inner or {}).items():
-        graph.value_info.append(helper.make_tensor_value_info(name, ELEMENT_TYPES[tensor.dtype], shape))
+        graph.value_info.append(helper.make_tensor_value_info(name, ELEMENT_TYPES[dtype_of(tensor)], shape))
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=11)
     return session_of(stub, model)
@@ -105,7 +115,7 @@ class Buffers:
         random = np.random.default_rng(7)
         self.tensors, self.shapes = dict(tensors), {name: tuple(shapes[name]) for name in tensors}
         self.data = {
-            name: random.integers(1, 256, math.prod(self.shapes[name]) * ITEM_BYTES[tensor.dtype], np.uint8)
+            name: random.integers(1, 256, math.prod(self.shapes[name]) * ITEM_BYTES[dtype_of(tensor)], np.uint8)
             for name, tensor in tensors.items()
         }
 
@@ -116,7 +126,7 @@ class Buffers:
         return int(self.data[name].ctypes.data) if name in self.data else 0
 
     def bind(self, how: Any, name: str) -> None:
-        element_type = ELEMENT_TYPES[self.tensors[name].dtype]
+        element_type = ELEMENT_TYPES[dtype_of(self.tensors[name])]
         how(name, "cpu", 0, element_type, list(self.shapes[name]), self.address(name))
 
     def run(self, session: ort.InferenceSession) -> None:
@@ -137,14 +147,18 @@ class Case:
         absent: Sequence[str] = (),
         dims: Mapping[str, int] | None = None,
         workspace_bytes: int | None = 96,
+        dtypes: Mapping[str, str] | None = None,
     ) -> None:
         self.op = op
-        symbols = dict(zip(op.dims, PRIMES, strict=False)) | {"half_dim": 2} | dict(dims or {})
-        self.inputs = [tensor for tensor in op.inputs if tensor.name not in absent]
-        self.outputs = [tensor for tensor in op.outputs if tensor.name not in absent]
+        symbols = dict(zip(op.dims, PRIMES, strict=False)) | EXTRA | dict(dims or {})
+        types = dict(dtypes or {})
+        named = [dataclasses.replace(tensor, dtype=types.get(tensor.name, tensor.dtype)) for tensor in op.tensors]
+        count = len(op.inputs)
+        self.inputs = [tensor for tensor in named[:count] if tensor.name not in absent]
+        self.outputs = [tensor for tensor in named[count:] if tensor.name not in absent]
         shapes = {tensor.name: shape_of(tensor.shape, symbols) for tensor in op.tensors}
         given = {tensor.name: tensor for tensor in (*self.inputs, *self.outputs)}
-        self.input_names = [tensor.name if tensor in self.inputs else "" for tensor in op.inputs]
+        self.input_names = [tensor.name if tensor.name in given else "" for tensor in op.inputs]
         if op.has_workspace and workspace_bytes is not None:
             given["workspace"], shapes["workspace"] = WORKSPACE, (workspace_bytes,)
             self.input_names.append("workspace")
@@ -154,7 +168,8 @@ class Case:
                 self.buffers.share(tensor.name, tensor.alias)
 
     def open(self, stub: Stub, trim: bool = False, **attributes: float) -> ort.InferenceSession:
-        outputs = [tensor.name if tensor in self.outputs else "" for tensor in self.op.outputs]
+        there = {tensor.name for tensor in self.outputs}
+        outputs = [tensor.name if tensor.name in there else "" for tensor in self.op.outputs]
         names = list(self.input_names)
         while trim and not names[-1]:
             names.pop()

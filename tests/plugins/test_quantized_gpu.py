@@ -1,0 +1,338 @@
+"""The matrix ops on quantized weights, on the GPU: all formats, real and awkward shapes, batch mates, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from qwen_rt.errors import QwenRtError, UnsupportedModelError
+from qwen_rt.quantization import Scheme
+
+if TYPE_CHECKING:
+    from qwen_rt.benchmarks.kernel_step import OpCaller
+
+pytestmark = pytest.mark.gpu
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+if not torch.cuda.is_available():
+    pytest.skip("no NVIDIA GPU here", allow_module_level=True)
+from qwen_rt.benchmarks import kernel_references as references  # noqa: E402
+from qwen_rt.benchmarks.kernel_step import random_bf16  # noqa: E402
+from qwen_rt.benchmarks.quantized_matrices import Matrix, random_matrix  # noqa: E402
+
+from .gpu_kit import EPSILON, MODELS, NANO, check, nan_bf16, norm_weight, residual_rows  # noqa: E402
+
+SCHEMES = (
+    Scheme("fp8"),
+    Scheme("fp8", 128),
+    Scheme("fp8", 32),
+    Scheme("int8"),
+    Scheme("int8", symmetric=False),
+    Scheme("int8", 128, symmetric=False),
+    Scheme("int8", 64),
+    Scheme("int4", 128),
+    Scheme("int4", 128, symmetric=False),
+    Scheme("int4", 128, symmetric=False, permuted=True),
+    Scheme("int4", 64, symmetric=False),
+    Scheme("int4", 32),
+    Scheme("int4", 16, symmetric=False),
+    Scheme("int4", 256),
+    Scheme("int4"),
+    Scheme("int8", permuted=True),
+)
+MAIN = (Scheme("fp8"), Scheme("int8"), Scheme("int4", 128), Scheme("int4", 128, symmetric=False))
+ROWS = (1, 3, 7, 16, 19, 64)
+FEW_MODELS = ("nano", "0.5b", "1.5b", "7b")
+
+
+def fits(scheme: Scheme, *columns: int) -> bool:
+    return all(scheme.group_size == 0 or count % scheme.group_size == 0 for count in columns)
+
+
+def is_fine(scheme: Scheme) -> bool:
+    """Whether the kernel rounds the weights to bf16."""
+    return 0 < scheme.group_size < 128
+
+
+def cases(models: tuple[str, ...], schemes: tuple[Scheme, ...]) -> list[Any]:
+    return [pytest.param(m, s, id=f"{m} {s}") for m in models for s in schemes]
+
+
+def qkv_of(model: str, scheme: Scheme | None) -> list[Matrix]:
+    s = MODELS[model]
+    q_width, kv_width = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    q = random_matrix(scheme, q_width, s.hidden)
+    return [q, *(random_matrix(scheme, kv_width, s.hidden, perm=q.perm) for _ in range(2))]
+
+
+def pair_of(model: str, scheme: Scheme) -> list[Matrix]:
+    s = MODELS[model]
+    gate = random_matrix(scheme, s.ffn, s.hidden)
+    return [gate, random_matrix(scheme, s.ffn, s.hidden, perm=gate.perm)]
+
+
+def run_qkv(call: OpCaller, hidden: Any, norm: Any, matrices: list[Matrix], biases: list[Any]) -> Any:
+    out = nan_bf16(hidden.shape[0], sum(m.shape[0] for m in matrices))
+    tensors: dict[str, Any] = {"hidden": hidden, "norm_weight": norm, "qkv": out}
+    for name, matrix, bias in zip("qkv", matrices, biases, strict=True):
+        tensors |= matrix.tensors(f"{name}_") | {f"{name}_bias": bias}
+    call("rmsnorm_qkv", tensors, epsilon=EPSILON, weight_format=matrices[0].weight_format)
+    return out
+
+
+def run_pair(call: OpCaller, hidden: Any, norm: Any, matrices: list[Matrix]) -> Any:
+    out = nan_bf16(hidden.shape[0], matrices[0].shape[0])
+    tensors = {"hidden": hidden, "norm_weight": norm, "activation": out}
+    tensors |= matrices[0].tensors("gate_") | matrices[1].tensors("up_")
+    call("rmsnorm_gate_up_silu", tensors, epsilon=EPSILON, weight_format=matrices[0].weight_format)
+    return out
+
+
+def run_residual(call: OpCaller, op: str, x: Any, matrix: Matrix, residual: Any, out: Any = None) -> Any:
+    out = nan_bf16(*residual.shape) if out is None else out
+    name = "attention" if op == "o_proj_residual" else "activation"
+    tensors = {name: x, "residual": residual, "out": out} | matrix.tensors()
+    call(op, tensors, weight_format=matrix.weight_format)
+    return out
+
+
+def run_head(call: OpCaller, hidden: Any, norm: Any, matrix: Matrix) -> Any:
+    out = torch.full((hidden.shape[0], matrix.shape[0]), float("nan"), device="cuda")
+    tensors = {"hidden": hidden, "norm_weight": norm, "logits": out} | matrix.tensors()
+    call("lm_head", tensors, epsilon=EPSILON, weight_format=matrix.weight_format)
+    return out
+
+
+@pytest.mark.parametrize(("model", "scheme"), [*cases(FEW_MODELS, SCHEMES), *cases(("72b",), MAIN)])
+def test_rmsnorm_qkv(call: OpCaller, model: str, scheme: Scheme) -> None:
+    s = MODELS[model]
+    if not fits(scheme, s.hidden):
+        pytest.skip("such groups do not divide the columns")
+    norm, matrices = norm_weight(s.hidden), qkv_of(model, scheme)
+    biases = [random_bf16(m.shape[0]) for m in matrices]
+    for rows in ROWS:
+        hidden = residual_rows(rows, s.hidden)
+        out = run_qkv(call, hidden, norm, matrices, biases)
+        reference = references.rmsnorm_qkv(hidden, norm, matrices, biases, EPSILON)
+        check("rmsnorm_qkv", out, reference, is_fine=is_fine(scheme))
+
+
+@pytest.mark.parametrize(("model", "scheme"), [*cases(FEW_MODELS, SCHEMES), *cases(("72b", "padded-72b"), MAIN)])
+@pytest.mark.parametrize("op", ["o_proj_residual", "down_residual"])
+def test_residual_matrix(call: OpCaller, op: str, model: str, scheme: Scheme) -> None:
+    s = MODELS[model]
+    width = s.heads * s.head_dim if op == "o_proj_residual" else s.ffn
+    if not fits(scheme, width):
+        pytest.skip("such groups do not divide the columns")
+    matrix = random_matrix(scheme, s.hidden, width)
+    for rows in ROWS:
+        x, residual = random_bf16(rows, width), random_bf16(rows, s.hidden)
+        out = run_residual(call, op, x, matrix, residual)
+        check(op, out, references.o_proj_residual(x, matrix, residual), is_fine=is_fine(scheme))
+        assert torch.equal(run_residual(call, op, x, matrix, residual, residual), out), "in place differs"
+
+
+@pytest.mark.parametrize(("model", "scheme"), [*cases(FEW_MODELS, SCHEMES), *cases(("72b",), MAIN)])
+def test_rmsnorm_gate_up_silu(call: OpCaller, model: str, scheme: Scheme) -> None:
+    s = MODELS[model]
+    if not fits(scheme, s.hidden):
+        pytest.skip("such groups do not divide the columns")
+    norm, matrices = norm_weight(s.hidden), pair_of(model, scheme)
+    for rows in ROWS:
+        hidden = residual_rows(rows, s.hidden)
+        out = run_pair(call, hidden, norm, matrices)
+        reference = references.rmsnorm_gate_up_silu(hidden, norm, *matrices, EPSILON)
+        check("rmsnorm_gate_up_silu", out, reference, is_fine=is_fine(scheme))
+
+
+@pytest.mark.parametrize(("model", "scheme"), cases(("nano", "0.5b", "7b"), MAIN))
+def test_lm_head(call: OpCaller, model: str, scheme: Scheme) -> None:
+    s = MODELS[model]
+    norm, matrix = norm_weight(s.hidden), random_matrix(scheme, s.vocab, s.hidden)
+    for rows in ROWS:
+        hidden = residual_rows(rows, s.hidden)
+        check("lm_head", run_head(call, hidden, norm, matrix), references.lm_head(hidden, norm, matrix, EPSILON))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_widths_that_are_no_multiple_of_a_tile(call: OpCaller, scheme: Scheme) -> None:
+    """Some blocks have a unit or none, tiles are cut off, and q, k and v meet within a tile."""
+    hidden, widths = 768, (131, 13, 13)
+    x, norm = residual_rows(5, hidden), norm_weight(hidden)
+    q = random_matrix(scheme, widths[0], hidden)
+    matrices = [q, *(random_matrix(scheme, width, hidden, perm=q.perm) for width in widths[1:])]
+    out = run_qkv(call, x, norm, matrices, [None, random_bf16(13), None])
+    check(
+        "rmsnorm_qkv",
+        run_qkv(call, x, norm, matrices, [None, None, None]),
+        references.rmsnorm_qkv(x, norm, matrices, [None, None, None], EPSILON),
+        is_fine=is_fine(scheme),
+    )
+    assert out.isfinite().all()
+    for units in (1, 7, 133, 2113):
+        matrix, residual = random_matrix(scheme, units, hidden), random_bf16(5, units)
+        y = random_bf16(5, hidden)
+        check(
+            "down_residual",
+            run_residual(call, "down_residual", y, matrix, residual),
+            references.o_proj_residual(y, matrix, residual),
+            is_fine=is_fine(scheme),
+        )
+
+
+def test_every_fp8_number_is_exact(call: OpCaller) -> None:
+    """One column of all numbers but NaN, and x that is 1 there and 0 elsewhere: subnormals too."""
+    codes = torch.arange(256, dtype=torch.uint8, device="cuda")
+    codes = codes[(codes & 127) != 127]
+    bits = torch.zeros(len(codes), 128, dtype=torch.uint8, device="cuda")
+    bits[:, 77] = codes
+    matrix = Matrix("fp8", (len(codes), 128), bits.view(torch.float8_e4m3fn), torch.ones(len(codes), 1, device="cuda"))
+    x = torch.zeros(1, 128, dtype=torch.bfloat16, device="cuda")
+    x[0, 77] = 1
+    out = run_residual(
+        call, "down_residual", x, matrix, torch.zeros(1, len(codes), dtype=torch.bfloat16, device="cuda")
+    )
+    assert torch.equal(out[0].float(), matrix.weight[:, 77].float())
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 3e4])
+@pytest.mark.parametrize("scheme", MAIN, ids=str)
+def test_activations_of_any_size(call: OpCaller, scheme: Scheme, size: float) -> None:
+    s = MODELS["1.5b"]
+    matrix = random_matrix(scheme, s.hidden, s.ffn)
+    x = random_bf16(3, s.ffn) * size
+    x[1, 7] = 8000 * size
+    residual = torch.zeros(3, s.hidden, dtype=torch.bfloat16, device="cuda")
+    reference = references.o_proj_residual(x, matrix, residual)
+    out = run_residual(call, "down_residual", x, matrix, residual)
+    for row in range(3):
+        check("down_residual", out[row], reference[row])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("model", ["nano", "1.5b", "7b"])
+def test_rows_do_not_depend_on_batch_mates(call: OpCaller, model: str, scheme: Scheme) -> None:
+    s = MODELS[model]
+    if not fits(scheme, s.hidden, s.ffn):
+        pytest.skip("such groups do not divide the columns")
+    x, norm = residual_rows(64, s.hidden), norm_weight(s.hidden)
+    qkv, pair, down = qkv_of(model, scheme), pair_of(model, scheme), random_matrix(scheme, s.hidden, s.ffn)
+
+    def layer(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        activation = run_pair(call, rows, norm, pair)
+        return run_qkv(call, rows, norm, qkv, [None] * 3), run_residual(call, "down_residual", activation, down, rows)
+
+    together = layer(x)
+    for rows in (1, 5, 8, 9, 16, 17, 32, 33, 63):
+        for part in (slice(0, rows), slice(64 - rows, 64)):
+            for got, want in zip(layer(x[part].contiguous()), together, strict=True):
+                assert torch.equal(got, want[part]), f"rows {part}"
+
+
+@pytest.mark.parametrize("scheme", [Scheme("fp8"), Scheme("int8"), Scheme("fp8", 128)], ids=str)
+def test_embed(call: OpCaller, scheme: Scheme) -> None:
+    table, ids = random_matrix(scheme, 1000, 896), torch.randint(1000, (9,), device="cuda")
+    out = nan_bf16(9, 896)
+    tensors = {"ids": ids, "table": table.weight, "scale": table.scale, "out": out}
+    call("embed", tensors, weight_format=table.weight_format)
+    assert torch.equal(out, references.embed(ids, table))
+    ids[0] = 1000
+    call("embed", tensors, weight_format=table.weight_format)
+    assert out[0].isnan().all()
+    assert not out[1:].isnan().any()
+
+
+# ---- many rows ----
+
+
+@pytest.mark.parametrize("rows", [65, 999])
+@pytest.mark.parametrize(("model", "scheme"), cases(("nano", "1.5b", "7b"), SCHEMES))
+def test_prefill(call: OpCaller, model: str, scheme: Scheme, rows: int) -> None:
+    s = MODELS[model]
+    if not fits(scheme, s.hidden, s.ffn):
+        pytest.skip("such groups do not divide the columns")
+    sm = torch.cuda.get_device_capability()
+    fp8 = scheme == Scheme("fp8") and sm == (9, 0)
+    # The kernel rounds weights or activations that it does not round below: those of e4m3 are in the reference too.
+    fine = {"is_prefill": True, "is_fine": True}
+    x, norm = residual_rows(rows, s.hidden), norm_weight(s.hidden)
+    qkv = qkv_of(model, scheme)
+    biases = [random_bf16(m.shape[0]) for m in qkv]
+    out = run_qkv(call, x, norm, qkv, biases)
+    check("rmsnorm_qkv", out, references.rmsnorm_qkv(x, norm, qkv, biases, EPSILON, fp8=fp8), **fine)
+    assert torch.equal(run_qkv(call, x, norm, qkv, biases), out), "other bits the second time"
+    pair = pair_of(model, scheme)
+    reference = references.rmsnorm_gate_up_silu(x, norm, *pair, EPSILON, fp8=fp8)
+    check("rmsnorm_gate_up_silu", run_pair(call, x, norm, pair), reference, **fine)
+    down, y = random_matrix(scheme, s.hidden, s.ffn), random_bf16(rows, s.ffn)
+    reference = references.o_proj_residual(y, down, x, fp8=fp8)
+    residual = x.clone()
+    run_residual(call, "down_residual", y, down, residual, residual)
+    for part in torch.tensor_split(torch.arange(rows), 8):
+        check("down_residual", residual[part], reference[part], **fine)
+    assert call.counters_are_zero()
+
+
+@pytest.mark.parametrize(("rows", "sequences"), [(10, 2), (999, 16), (64, 64)])
+@pytest.mark.parametrize("scheme", [*MAIN, Scheme("int4", 128, permuted=True)], ids=str)
+def test_the_last_projection_takes_the_chosen_rows(call: OpCaller, scheme: Scheme, rows: int, sequences: int) -> None:
+    s = MODELS["1.5b"]
+    width = s.heads * s.head_dim
+    x, matrix, residual = random_bf16(rows, width), random_matrix(scheme, s.hidden, width), random_bf16(rows, s.hidden)
+    indices = torch.randperm(rows, device="cuda")[:sequences] if rows > sequences else torch.arange(rows, device="cuda")
+    out = nan_bf16(sequences, s.hidden)
+    tensors = {"attention": x, "indices": indices, "residual": residual, "out": out} | matrix.tensors()
+    call("select_o_proj_residual", tensors, weight_format=matrix.weight_format)
+    alone = run_residual(call, "o_proj_residual", x[indices], matrix, residual[indices])
+    check("o_proj_residual", out, references.o_proj_residual(x[indices], matrix, residual[indices]))
+    assert torch.equal(out, alone)
+
+
+# ---- refusals ----
+
+
+def refused(call: Callable[[], Any], match: str, kind: type[Exception] = QwenRtError) -> None:
+    with pytest.raises(kind, match=match):
+        call()
+
+
+def test_what_is_not_whole_or_not_supported_is_refused(call: OpCaller) -> None:
+    s = NANO
+    x, residual = random_bf16(2, 512), random_bf16(2, s.hidden)
+    good = random_matrix(Scheme("int8", 128, symmetric=False), s.hidden, 512)
+
+    def down(**changes: Any) -> Callable[[], Any]:
+        tensors = {"activation": x, "residual": residual, "out": nan_bf16(2, s.hidden)} | good.tensors()
+        weight_format = changes.pop("weight_format", good.weight_format)
+        return lambda: call("down_residual", tensors | changes, weight_format=weight_format)
+
+    refused(down(weight_format=4), "weight_format=4; expected 0 .bf16., 1 .fp8., 2 .int8. or 3 .int4.")
+    refused(down(weight_format=0.5), "weight_format=0.5")
+    refused(down(weight_format=0), "scales, zero points or a column order of bf16 matrices; expected none")
+    refused(down(weight_format=1), "1 of 1 matrices have zero points; expected none of fp8")
+    refused(down(scale=None, zero_point=None), "0 of 1 quantized matrices have scales; expected all")
+    odd = torch.ones(s.hidden, 64, device="cuda")
+    refused(down(scale=odd, zero_point=None), "groups=64 of 512 columns", UnsupportedModelError)
+    pair = [random_matrix(Scheme("int8"), s.ffn, s.hidden) for _ in range(2)]
+    half = Matrix(pair[1].format, pair[1].shape, pair[1].weight)
+    hidden, norm = random_bf16(2, s.hidden), norm_weight(s.hidden)
+    refused(lambda: run_pair(call, hidden, norm, [pair[0], half]), "1 of 2 quantized")
+    head = random_matrix(Scheme("int8", permuted=True), 64, s.hidden)
+    refused(lambda: run_head(call, hidden, norm, head), "perm of an LM head")
+    table = random_matrix(Scheme("int8"), 100, s.hidden)
+    tensors = {
+        "ids": torch.zeros(1, dtype=torch.int64, device="cuda"),
+        "table": table.weight,
+        "out": nan_bf16(1, s.hidden),
+    }
+    refused(lambda: call("embed", tensors, weight_format=2), "weight_format=2 with groups=0")
+    refused(lambda: call("embed", tensors | {"scale": table.scale}, weight_format=3), "weight_format=3 of an embedding")
+    permuted = random_matrix(Scheme("int8", permuted=True), s.hidden, 512)
+    parts = (x, permuted.weight, residual, permuted.scale, None, permuted.perm, nan_bf16(2, s.hidden))
+    pointers = [None if part is None else part.data_ptr() for part in parts]
+    refused(
+        lambda: call.library.launch("down_residual", pointers, (2, 512, s.hidden, 1), (2.0,)),
+        "no workspace for permuted columns",
+    )
