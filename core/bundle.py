@@ -26,7 +26,7 @@ from qwen_rt.gate_result import GateResult
 from qwen_rt.manifest_fields import REBUILD, Fields, inner_path, plain_name
 from qwen_rt.manifest_quantization import Quantization
 from qwen_rt.quantization import FORMATS
-from qwen_rt.safetensors_header import read_header
+from qwen_rt.safetensors_header import TensorRef, read_header
 from qwen_rt.spec import ModelSpec
 from qwen_rt.strict_json import parse_object, show
 
@@ -350,6 +350,16 @@ class Bundle:
         if file.stat().st_size > _MAX_MANIFEST_BYTES:
             raise BundleError(f"{file} has {file.stat().st_size} bytes", f"at most {_MAX_MANIFEST_BYTES}", REBUILD)
         return Manifest.from_json(file.read_bytes(), str(file))
+
+    def tensors(self) -> dict[str, TensorRef]:
+        """Every stored tensor by its name; those of the bundle's own files win over the checkpoint's.
+
+        Raises:
+            CheckpointError: A weight file has no readable header.
+        """
+        own = [file for name, file in self.weight_files.items() if name not in self.manifest.checkpoint.shards]
+        shards = [file for name, file in self.weight_files.items() if name in self.manifest.checkpoint.shards]
+        return {name: ref for file in (*shards, *own) for name, ref in read_header(file).tensors.items()}
 
     @property
     def graph_file(self) -> Path:

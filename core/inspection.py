@@ -115,8 +115,13 @@ def _model_facts(spec: ModelSpec) -> dict[str, str]:
 
 def _inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     spec = checkpoint.spec
-    rows = _rows(spec, {name: checkpoint.tensors[name].dtype for name in spec.parameters()})
+    dtypes = {name: ref.dtype for name, ref in checkpoint.tensors.items()}
+    dtypes |= {name: matrix.format for name, matrix in checkpoint.quantized.items()}
+    rows = _rows(spec, dtypes, {name: matrix.nbytes for name, matrix in checkpoint.quantized.items()})
     facts = _model_facts(spec) | {"stored as": "+".join(sorted({d for row in rows for d in row.dtypes}))}
+    layouts = Counter(str(matrix.layout) for matrix in checkpoint.quantized.values())
+    if layouts:
+        facts["quantized"] = ", ".join(f"{count} matrices as {layout}" for layout, count in layouts.most_common(3))
     facts["fingerprint"] = checkpoint.fingerprint()[:16]
     if checkpoint.unexpected:
         facts["not used"] = f"{len(checkpoint.unexpected)} tensors, such as {checkpoint.unexpected[0]}"
@@ -163,7 +168,10 @@ def _inspect_bundle(bundle: Bundle) -> Inspection:
     return Inspection(kind, str(bundle.path), spec, facts, files, operators, rows)
 
 
-def _rows(spec: ModelSpec, dtypes: Mapping[str, str]) -> list[LayerRow]:
+def _rows(
+    spec: ModelSpec, dtypes: Mapping[str, str], quantized_bytes: Mapping[str, int] | None = None
+) -> list[LayerRow]:
+    """Add up parameters and stored bytes; those of quantized matrices cannot be told from a dtype."""
     rows = {name: LayerRow(name) for name in ("outside", *map(str, range(spec.num_layers)))}
     for name, shape in spec.parameters().items():
         if name not in dtypes:
@@ -172,7 +180,7 @@ def _rows(spec: ModelSpec, dtypes: Mapping[str, str]) -> list[LayerRow]:
         for dim in shape:
             count *= dim
         row.num_parameters += count
-        row.nbytes += count * _BYTES.get(dtypes[name], 0)
+        row.nbytes += (quantized_bytes or {}).get(name, count * _BYTES.get(dtypes[name], 0))
         row.dtypes.add(dtypes[name])
     return list(rows.values())
 

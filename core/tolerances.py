@@ -82,10 +82,11 @@ KV_STEP = {"fp8": 32 / 448, "int8": 1 / 127}
 """Format of a KV cache → largest distance of two numbers that it can hold, over the largest of them. A key or value
 that two computations leave on two sides of the middle between them differs by that much."""
 
-KV_FP32_RELATIVE = {"fp8": 1e-3, "int8": 5e-4}
-"""Logits over a quantized cache, float32 against float64: with noise d and steps s of a head's largest element, a share
-d / s of the elements falls the other way, by s: sqrt(d s) rms, 2.6e-4 and 9e-5 at d = 1e-6 (PARITY: sqrt(n) · u). Most
-of it is averaged out, but what falls the other way are few elements, and one may weigh more. Measured up to 1.7e-4."""
+KV_FP32_RELATIVE = {"fp8": 5e-3, "int8": 1e-3}
+"""Logits over a quantized cache, float32 against float64. Noise is 1e-6 (PARITY: sqrt(n) · u) and seldom changes what
+is stored, but where it does, an element of a value differs by KV_STEP = s of the largest, some 3 sigma. That is
+3 s / sqrt(H D) of an early token's attention, 1.3e-2 or 1.5e-3 at H D = 256, and about half of a logit. Measured 2.3e-3
+and 1.7e-4."""
 
 KV_BF16_RELATIVE = {"fp8": 4e-2, "int8": 2.5e-2}
 """The same with activations rounded to bfloat16: d = 2.3e-3 rms, so sqrt(d s) = 1.3e-2 and 4e-3, of keys and of values
@@ -207,9 +208,9 @@ def gate_limit(scheme: Scheme | None, columns: int) -> float:
 def gate_scale_limit(scheme: Scheme | None, columns: int) -> float:
     """Largest scale error (see `gate_result.TensorError`) that the gate accepts of a matrix.
 
-    With the rounding error e, ⟨ŵ, w⟩ / ⟨w, w⟩ of a group of n numbers is off by e / sqrt(n), and by e² where the rounding
-    shrinks, as a clipped scale does; measured 0.014 for int4 g128 and 0.002 for fp8. The limit is four times that:
-    where it costs the output nothing, a calibration may err by three e. 0.067 for int4 g128, whose scales differ by
+    With the rounding error e, ⟨ŵ, w⟩ / ⟨w, w⟩ of a group of n numbers is off by e / sqrt(n), and by e² where the
+    rounding shrinks, as a clipped scale does; measured 0.014 for int4 g128 and 0.002 for fp8. The limit is four times
+    that: where it costs the output nothing, a calibration may err by three e. 0.067 for int4 g128, whose scales differ by
     0.13 from group to group in normally distributed rows, so that another group's is off by 0.18. At least 0.02.
     """
     if scheme is None:
@@ -223,8 +224,8 @@ GATE_VECTOR_ERROR = 2**-7
 
 GATE_KV_ERROR = {"fp8": 0.15, "int8": 0.05}
 """Format of the cache → error of a layer's attention when only its keys and values are rounded. Values err by 0.026 and
-by 0.006 (128 numbers share a scale: 2.8 / (127 · sqrt(12))), and attention averages that; keys err by as much of a score,
-which is a few units. Random models give 0.029 and 0.007 at most if the offsets take the biases out, 0.057 and 0.017 if
+by 0.006 (128 numbers share a scale: 2.8 / (127 · sqrt(12))), and attention averages that; scores, of a few units, err
+by as much of a key. Random models give 0.029 and 0.007 at most if the offsets take the biases out, 0.057 and 0.017 if
 they take nothing; a key whose bias is a hundred times the rest loses that rest, and the error is near 1."""
 
 _GATE_KL = {"int8": 0.03, "fp8": 0.08, "int4": 0.5}
@@ -239,10 +240,10 @@ def gate_kl_limit(formats: Iterable[str], kv_format: str | None = None) -> float
     """Largest mean KL(source ‖ quantized) of the next token that the gate accepts, in nats.
 
     Logits that are off by d have a KL of about half the variance of d; with an error e of the last hidden state and
-    logits of the standard deviation s, that is (e s)² / 2. Random models have s = 0.9 and e = 0.013, 0.045 and 0.17 with
-    int8, fp8 and int4 g128: 7e-5, 8e-4 and 0.012, and measured are 9e-5, 1e-3 and 0.016. Trained models have s = 2 to 3,
-    and e grows with the layers: nano gives 8e-4, 5e-3 and 0.08. The limits are six (int4) to forty times (int8) as much.
-    Half a nat says that a token of the source keeps 60 % of its probability: int4 may cost a small model nearly that, a
+    logits of the standard deviation s, that is (e s)² / 2. Random models have s = 0.9 and e = 0.013, 0.045 and 0.17
+    with int8, fp8 and int4 g128: 7e-5, 8e-4 and 0.012, and measured are 9e-5, 1e-3 and 0.016. Trained models have s = 2
+    to 3, and e grows with the layers: nano gives 8e-4, 5e-3 and 0.08. The limits are six (int4) to forty times (int8)
+    as much. Half a nat says that a token of the source keeps 60 % of its probability: int4 may cost a small model nearly that, a
     model with one broken layer costs more. A quantized cache adds less than fp8 or int8 weights do, nano's 1e-3.
     """
     weights = max((_GATE_KL[name] for name in formats), default=1e-3)

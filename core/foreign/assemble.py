@@ -33,6 +33,7 @@ ROW_BLOCK = 256
 
 _LARGEST_F16_LOSS = 2.0**-11
 _PREFERRED_GROUP = 128
+_LARGEST_SCALE = 2.0**100  # products stay far from the end of float32
 
 
 def unpack_words(words: NDArray[np.int32], bits: int, count: int) -> NDArray[np.uint8]:
@@ -96,16 +97,16 @@ def read_scale(matrix: ForeignMatrix, part: str) -> NDArray[np.float32]:
     """Read scales of any float dtype.
 
     Raises:
-        CheckpointError: One is zero, infinite or no number.
+        CheckpointError: One is zero, infinite, no number, or beyond all reason.
     """
     scale = matrix.read_float(part)
-    bad = ~np.isfinite(scale) | (scale == 0)
+    bad = ~(np.abs(scale) <= _LARGEST_SCALE) | (scale == 0)
     if bad.any():
         where = [int(i) for i in np.argwhere(bad)[0]]
         raise CheckpointError(
             f"{np.count_nonzero(bad)} of {scale.size} scales in {matrix.parts[part].name} are unusable, "
             f"the first {float(scale[tuple(where)]):g} at {where}",
-            "finite scales other than zero",
+            "finite scales other than zero, up to 1e+30",
             FIX_AGAIN,
         )
     return scale

@@ -57,6 +57,11 @@ class AwqLayout:
     def __str__(self) -> str:
         return f"AWQ, group_size={self.group_size}"
 
+    @property
+    def format(self) -> str:
+        """See `Layout`."""
+        return f"int{_BITS}"
+
     def parts(self, name: str, shape: tuple[int, int], present: frozenset[str]) -> Mapping[str, Part]:
         """See `Layout`."""
         rows, columns = shape

@@ -76,6 +76,11 @@ class IntegerLayout:
         return f"{kind} of {self.bits} bits{grouped}"
 
     @property
+    def format(self) -> str:
+        """See `Layout`."""
+        return f"int{self._stored_bits}"
+
+    @property
     def _stored_bits(self) -> int:
         return self.bits if self.packed else 8
 

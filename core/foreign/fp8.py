@@ -50,6 +50,11 @@ class Fp8Layout:
     def __str__(self) -> str:
         return "fp8" if self.block is None else f"fp8 in blocks of {self.block[0]} x {self.block[1]}"
 
+    @property
+    def format(self) -> str:
+        """See `Layout`."""
+        return "fp8"
+
     def parts(self, name: str, shape: tuple[int, int], present: frozenset[str]) -> Mapping[str, Part]:
         """See `Layout`."""
         rows, columns = shape

@@ -64,6 +64,11 @@ class GptqLayout:
     def __str__(self) -> str:
         return f"GPTQ of {self.bits} bits, group_size={self.group_size}"
 
+    @property
+    def format(self) -> str:
+        """See `Layout`."""
+        return f"int{self.bits}"
+
     def parts(self, name: str, shape: tuple[int, int], present: frozenset[str]) -> Mapping[str, Part]:
         """See `Layout`."""
         rows, columns = shape

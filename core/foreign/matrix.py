@@ -51,6 +51,11 @@ class Part:
 class Layout(Protocol):
     """One way to store a quantized matrix; `str` of it says which, for messages."""
 
+    @property
+    def format(self) -> str:
+        """`Scheme.format` of every matrix that is stored so."""
+        ...
+
     def parts(self, name: str, shape: tuple[int, int], present: frozenset[str]) -> Mapping[str, Part]:
         """What is stored of a matrix.
 
@@ -120,6 +125,11 @@ class ForeignMatrix:
             CheckpointError, StorageError: As `load`.
         """
         return self.layout.scheme(self)
+
+    @property
+    def format(self) -> str:
+        """`Scheme.format` of `scheme`, from the config alone."""
+        return self.layout.format
 
     @property
     def nbytes(self) -> int:

@@ -28,6 +28,8 @@ __all__ = ["LayerFolds"]
 _SAMPLE_ROWS = 256
 """Of o_proj and down_proj, to see the factors of their columns: roundings cancel over that many."""
 
+_SAMPLE_PIECE = 32
+
 _MIN_COSINE = 0.8
 """Of a row or a column in the two models, to believe its factor. int4 leaves a row 0.99 and a column of the sample as
 much, unless the column is small beside the others of its groups; columns that have nothing to do with each other have
@@ -101,11 +103,13 @@ def _norm_factors(source: Forward, quantized: Forward, name: str) -> Tensor | No
 
 def _column_factors(source: RowSource, quantized: RowSource, name: str, heads: tuple[int, int, int]) -> Tensor:
     """What columns were multiplied by, by the first rows: f32[Hkv·D], NaN where they do not tell."""
-    stop = min(_SAMPLE_ROWS, source.shape(name)[0])
-    before, after = (torch.from_numpy(rows.rows(name, 0, stop)) for rows in (source, quantized))
-    sums = [
-        product.sum(0).view(heads).sum(1).reshape(-1) for product in (before * after, before.square(), after.square())
-    ]
+    sums = [torch.zeros(heads[0] * heads[2]) for _ in range(3)]
+    for start in range(0, min(_SAMPLE_ROWS, source.shape(name)[0]), _SAMPLE_PIECE):
+        before, after = (
+            torch.from_numpy(rows.rows(name, start, start + _SAMPLE_PIECE)) for rows in (source, quantized)
+        )
+        for total, product in zip(sums, (before * after, before.square(), after.square()), strict=True):
+            total += product.sum(0).view(heads).sum(1).reshape(-1)
     return _factors(*sums)
 
 

@@ -165,13 +165,14 @@ class _Gate:
         """Logits of both, f32[T, V], and the errors of the last norm and the head."""
         name = "model.norm.weight"
         norms = [forward.vector(name) for forward in self.forwards]
+        error = _vector_error(name, norms[1], norms[0])
         inputs = [forward.final_norm(state) for forward, state in zip(self.forwards, hidden, strict=True)]
         stored = _HEAD if _HEAD in self.schemes else head_name(self.spec)  # of a tied model it may be stored apart
         rows = [
             _Renamed(rows, stored, named) for rows, named in zip(self.rows, (head_name(self.spec), stored), strict=True)
         ]
         outputs, errors = self._unit(rows, (stored,), inputs, None)
-        return [products[0] for products in outputs], [_vector_error(name, norms[1], norms[0]), *errors]
+        return [products[0] for products in outputs], [error, *errors]
 
     def _unit(
         self, sources: Sequence[RowSource], names: Sequence[str], inputs: Sequence[Tensor], folds: LayerFolds | None
@@ -198,12 +199,9 @@ class _Gate:
             part = slice(block.start, block.stop)
             outputs[0][-1][:, part] = product = own @ before.T
             outputs[1][-1][:, part] = other @ after.T
-            if columns is not None:
-                before = before * columns
-            rows = None if folds is None else folds.rows(block.name, block.start, before, after)
-            if rows is not None:
-                before, product = before * rows[:, None], product * rows
-            checks[block.name].add(before, after, own_folded, product)
+            check = checks[block.name]
+            rows = check.add_rows(block.start, before, after, columns, folds)
+            check.add_outputs(product if rows is None else product * rows, own_folded @ after.T)
         return outputs, [check.result() for check in checks.values()]
 
     def _biases(self, index: int, folds: LayerFolds) -> list[TensorError]:

@@ -32,13 +32,23 @@ from qwen_rt.row_reader import RowSource
 from qwen_rt.safetensors_header import BYTES_OF_DTYPE
 from qwen_rt.spec import ModelSpec
 
-__all__ = ["MAX_TOKENS", "MixedChoice", "MixedOption", "MixedUnit", "choose_mixed", "stored_bytes", "to_toml"]
+__all__ = [
+    "MAX_TOKENS",
+    "MixedChoice",
+    "MixedOption",
+    "MixedUnit",
+    "choose_mixed",
+    "raise_greedily",
+    "stored_bytes",
+    "to_toml",
+]
 
-MAX_TOKENS = 512
-"""Of the text, at most; 7B's activations take half a gigabyte then."""
+MAX_TOKENS = 256
+"""Of the text, at most; the activations of 72B's branches take a gigabyte then."""
 
 _FLOAT = "bf16"
 _HEAD_UNIT = "lm_head"
+_FINE_GROUP = 32
 _DIGITS = 4
 
 _Sizes = list[tuple[Scheme | None, int]]
@@ -160,7 +170,7 @@ def choose_mixed(
         budget_bytes: What the layers' matrices and the LM head may take together; embeddings and vectors do not count.
             A tied head counts as if it were stored: it is read like one.
         candidates: What a unit may be raised to, None for floats; those that are no larger than the base, or do not
-            fit a matrix, are left out for it. Without any: int8 (for int4) and floats.
+            fit a matrix, are left out for it. Without any: floats, for int4 also int8, and int4 in smaller groups.
         head: Let the LM head take part.
         head_scheme: What it is stored in if it does not.
         float_bytes: Size of a float.
@@ -176,7 +186,7 @@ def choose_mixed(
         CheckpointError: Weights or activations that are not finite.
     """
     if candidates is None:
-        candidates = (DEFAULT_SCHEMES["int8"], None) if base.format == "int4" else (None,)
+        candidates = _default_candidates(base)
     source = head_name(spec)
     units: list[tuple[int | None, str, tuple[str, ...]]] = [
         (layer, unit, matrix_names(layer, unit)) for layer in range(spec.num_layers) for unit in UNITS
@@ -197,9 +207,16 @@ def choose_mixed(
         )
         for (layer, unit, names), options, error in zip(units, sizes, errors, strict=True)
     ]
-    chosen = _raise_greedily(found, budget_bytes - kept_bytes - sum(unit.choice.nbytes for unit in found))
+    chosen = raise_greedily(found, budget_bytes - kept_bytes - sum(unit.choice.nbytes for unit in found))
     total = kept_bytes + sum(unit.choice.nbytes for unit in chosen)
     return MixedChoice(base, tuple(chosen), budget_bytes, total, texts.num_tokens)
+
+
+def _default_candidates(base: Scheme) -> tuple[Scheme | None, ...]:
+    """Smaller groups cost an eighth of what int8 does, and take away more error for a byte where little is left."""
+    if base.format != "int4":
+        return (None,)
+    return Scheme("int4", _FINE_GROUP, base.symmetric), DEFAULT_SCHEMES["int8"], None
 
 
 def _measure(
@@ -294,7 +311,7 @@ def _check_budget(
         )
 
 
-def _raise_greedily(units: Sequence[MixedUnit], left: int) -> list[MixedUnit]:
+def raise_greedily(units: Sequence[MixedUnit], left: int) -> list[MixedUnit]:
     """Raise units while `left` bytes hold out; of equal gains the earlier unit's comes first."""
     chosen = [0] * len(units)
     while True:

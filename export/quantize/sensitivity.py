@@ -8,7 +8,7 @@ its layer, the root mean square over tokens of
 and of the LM head the same of the logits, their mean over the vocabulary taken off.
 
 A matrix is read once: its blocks of rows are rounded in each scheme, and what each makes of the inputs is carried
-through the rest of the layer side by side, seven wide at most with two schemes. Memory is those activations and a few
+through the rest of the layer side by side, ten wide at most with three schemes. Memory is those activations and a few
 blocks.
 """
 

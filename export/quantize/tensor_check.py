@@ -7,11 +7,14 @@ import math
 import torch
 from torch import Tensor
 
+from qwen_rt.export.quantize.folds import LayerFolds
 from qwen_rt.gate_result import TensorError
 from qwen_rt.quantization import Scheme
 from qwen_rt.tolerances import gate_limit, gate_scale_limit
 
 __all__ = ["MatrixCheck", "mean_relative_error"]
+
+_PIECE_ELEMENTS = 1 << 18  # temporaries of a piece stay in a core's cache
 
 
 class MatrixCheck:
@@ -34,26 +37,46 @@ class MatrixCheck:
         self._source_squares: list[Tensor] = []
         self._squares: list[Tensor] = []
 
-    def add(self, source: Tensor, quantized: Tensor, x: Tensor, output: Tensor) -> None:
+    def add_rows(
+        self, start: int, source: Tensor, quantized: Tensor, columns: Tensor | None, folds: LayerFolds | None
+    ) -> Tensor | None:
         """Take some rows.
 
         Args:
-            source: f32[n, K], as the bundle should have them.
-            quantized: f32[n, K], as it has them.
-            x: f32[T, K], what the source's rows are multiplied by.
-            output: f32[T, n], x times them.
+            start: Number of the first.
+            source: f32[n, K], as the checkpoint has them.
+            quantized: f32[n, K], as the bundle has them.
+            columns: f32[K], what the bundle's columns are multiplied by; None for 1.
+            folds: Factors of the layer, which find those of the rows; None where there are none.
+
+        Returns:
+            f32[n], what the bundle's rows are multiplied by; None for 1.
         """
-        difference = quantized - source
-        self._error_squares += (x @ difference.T).square().sum(-1, dtype=torch.float64)
-        self._output_squares += output.square().sum(-1, dtype=torch.float64)
-        self._weight_error += float(difference.square().sum(dtype=torch.float64))
-        shape = (len(source), -1, self._width)
-        for sums, values in (
-            (self._products, source * quantized),
-            (self._source_squares, source.square()),
-            (self._squares, quantized.square()),
-        ):
-            sums.append(values.view(shape).sum(-1))
+        step = max(1, _PIECE_ELEMENTS // self._columns)
+        factors = []
+        for low in range(0, len(source), step):
+            before, after = source[low : low + step], quantized[low : low + step]
+            if columns is not None:
+                before = before * columns
+            rows = None if folds is None else folds.rows(self._name, start + low, before, after)
+            if rows is not None:
+                before = before * rows[:, None]
+            factors.append(torch.ones(len(before)) if rows is None else rows)
+            self._weight_error += float((after - before).square().sum(dtype=torch.float64))
+            shape = (len(before), -1, self._width)
+            for sums, values in (
+                (self._products, before * after),
+                (self._source_squares, before.square()),
+                (self._squares, after.square()),
+            ):
+                sums.append(values.view(shape).sum(-1))
+        found = torch.cat(factors)
+        return None if bool((found == 1).all()) else found
+
+    def add_outputs(self, expected: Tensor, found: Tensor) -> None:
+        """Take what the source's input becomes with those rows as they should be and as they are: f32[T, n] each."""
+        self._error_squares += (found - expected).square().sum(-1, dtype=torch.float64)
+        self._output_squares += expected.square().sum(-1, dtype=torch.float64)
 
     def result(self) -> TensorError:
         """The errors, and what seems to be wrong if they are out of limits."""

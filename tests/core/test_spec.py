@@ -179,10 +179,10 @@ class TestUnsupported:
             ({"hidden_act": {}}, ["hidden_act=an object of 0 keys"]),
             ({"is_causal": False}, ["is_causal=false"]),
             (
-                {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-                ['quant_method="gptq"', "quantized checkpoints are not read yet", "take the unquantized checkpoint"],
+                {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+                ['quant_method="bitsandbytes"', "one of gptq, awq, compressed-tensors, fp8", "the unquantized"],
             ),
-            ({"quantization_config": "fp8"}, ['quant_method="fp8"']),
+            ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, ["quantization_config.bits=3", "4 or 8"]),
             ({"vision_config": {"depth": 32}}, ["config.json has vision_config", "text-only"]),
             ({"image_token_id": 5, "video_token_id": 6}, ["config.json has image_token_id, video_token_id"]),
             ({"head_dim": 127}, ["head_dim=127", "even"]),

@@ -70,6 +70,7 @@ def assert_exact(matrix: ForeignMatrix, written: Written) -> QuantizedTensor:
     tensor = matrix.load()
     assert tensor.scheme == matrix.scheme
     assert tensor.name == NAME
+    assert tensor.scheme.format == matrix.format
     wanted = tensor.scheme.parts(matrix.shape)
     itemsizes = {"F8_E4M3": 1, "I8": 1, "U8": 1, "F16": 2, "F32": 4, "I32": 4}
     assert {part: (array.shape, array.itemsize) for part, array in tensor.parts().items()} == {

@@ -45,7 +45,7 @@ def floats(x: NDArray[Any], dtype: str) -> tuple[tuple[str, NDArray[Any]], NDArr
 
 
 def words_of(numbers: NDArray[Any], bits: int, order: tuple[int, ...] | None = None) -> NDArray[np.int32]:
-    """Pack along the last axis: [..., n] → int32 [..., ceil(n · bits / 32)]; word j has the rows `order` of its share."""
+    """Pack along the last axis: [..., n] → int32 [..., ceil(n · bits / 32)]; a word has its share in `order`."""
     per_word = 32 // bits
     flat = numbers.reshape(-1, numbers.shape[-1])
     num_words = -(-flat.shape[1] // per_word)

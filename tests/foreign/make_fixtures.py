@@ -1,15 +1,18 @@
-"""Write `fixtures/` anew: checkpoints that the reference libraries wrote, with what those libraries make of them.
+r"""Write `fixtures/` anew: checkpoints that the reference libraries wrote, with what those libraries make of them.
 
     python -m venv build/foreign                       # an environment of its own: torch and transformers as in .venv
     build/foreign/bin/pip install torch==2.13.0 transformers==5.23.0 compressed-tensors==0.12.2
-    build/foreign/bin/pip install --no-deps gptqmodel==7.7.0 autoawq==0.2.9 auto-gptq==0.7.1
-    build/foreign/bin/pip install accelerate threadpoolctl datasets torchao pypcre logbar tokenicer defuser device-smi
-    GPTQMODEL_CPU_WORKERS=2 build/foreign/bin/python tests/foreign/make_fixtures.py [NAME ...]
+    build/foreign/bin/pip install --no-deps --no-build-isolation autoawq==0.2.9 auto-gptq==0.7.1
+    build/foreign/bin/pip install --no-deps accelerate threadpoolctl datasets torchao dill multiprocess xxhash pandas \
+        pyarrow pypcre logbar tokenicer defuser device-smi
+    build/foreign/bin/pip download --no-deps --no-build-isolation gptqmodel==7.7.0 && tar xf gptqmodel-7.7.0.tar.gz
+    export GPTQMODEL_CPU_WORKERS=2 PYTHONPATH=gptqmodel-7.7.0
+    build/foreign/bin/python tests/foreign/make_fixtures.py [NAME ...]
 
-None of these needs a GPU; GPTQModel and AutoAWQ are unpacked from their sources with `--no-build-isolation` where no
-wheel fits. Each fixture is a folder: a checkpoint (`config.json`, `model.safetensors`) and `expected.safetensors` with
-every quantized matrix as the library dequantizes it, in its dtype, and for whole models also `ids` and `logits`, by the
-library's own forward pass with float32 scales. `made_with.json` names the versions.
+None of these needs a GPU; GPTQModel runs from its source archive, without the kernels that its build compiles. Each
+fixture is a folder: a checkpoint (`config.json`, `model.safetensors`) and `expected.safetensors` with every quantized
+matrix as the library dequantizes it, in its dtype, and for whole models also `ids` and `logits`, by the library's own
+forward pass with float32 scales. `made_with.json` names the versions.
 """
 
 from __future__ import annotations
@@ -74,8 +77,10 @@ def keep(name: str, checkpoint: Path, expected: dict[str, torch.Tensor], package
     folder = FIXTURES / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for file in ("config.json", "model.safetensors"):
-        shutil.copy(checkpoint / file, folder)
+    shutil.copy(checkpoint / "model.safetensors", folder)
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["quantization_config"].get("meta", {}).pop("offload_to_disk_path", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file({key: tensor.contiguous() for key, tensor in expected.items()}, folder / "expected.safetensors")
     versions = {package: importlib.metadata.version(package) for package in (*packages, "torch", "transformers")}
     (folder / "made_with.json").write_text(json.dumps(versions, indent=2) + "\n")

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from qwen_rt.checkpoint import Checkpoint
 from qwen_rt.errors import CheckpointError, QwenRtError
 from qwen_rt.foreign import ForeignMatrix
+from qwen_rt.inspection import inspect
 from qwen_rt.quantization import QuantizedTensor, Scheme
 from qwen_rt.row_reader import CheckpointRows
 from qwen_rt.safetensors_header import read_header, write_header
@@ -32,21 +34,16 @@ def quantize_all(name: str, rows: int, columns: int) -> Written | None:
     return layouts.gptq(rows, columns, act_order=True, seed=len(name))
 
 
-def add_tensors(folder: Path, added: dict[str, tuple[str, np.ndarray[Any, Any]]]) -> None:
+def add_tensors(folder: Path, added: dict[str, tuple[str, NDArray[Any]]]) -> None:
     """Write the shard of a checkpoint anew with more tensors, or others in their place."""
-    header = read_header(folder / "model.safetensors")
-    data = (folder / "model.safetensors").read_bytes()
-    tensors: dict[str, tuple[str, np.ndarray[Any, Any]]] = {}
-    for name, ref in header.tensors.items():
-        raw = np.frombuffer(data, np.uint8, ref.nbytes, ref.offset)
-        tensors[name] = (ref.dtype, raw.reshape(ref.shape if not ref.shape else (*ref.shape[:-1], -1)))
-    text, ranges = write_header([(name, ref.dtype, ref.shape) for name, ref in header.tensors.items() if name not in added]
-                                + [(name, dtype, array.shape) for name, (dtype, array) in added.items()])  # fmt: skip
-    blob = bytearray(text)
-    for name in ranges:
-        array = added[name][1] if name in added else tensors[name][1]
-        blob += np.ascontiguousarray(array).tobytes()
-    (folder / "model.safetensors").write_bytes(blob)
+    shard = folder / "model.safetensors"
+    data = shard.read_bytes()
+    entries = [(name, dtype, array.shape, array.tobytes()) for name, (dtype, array) in added.items()]
+    for ref in read_header(shard).tensors.values():
+        if ref.name not in added:
+            entries.append((ref.name, ref.dtype, ref.shape, data[ref.offset : ref.offset + ref.nbytes]))
+    header, _ = write_header([(name, dtype, shape) for name, dtype, shape, _ in entries])
+    shard.write_bytes(header + b"".join(raw for *_, raw in entries))
 
 
 class TestOpen:
@@ -171,6 +168,19 @@ def _drop(shard: Path, name: str) -> None:
     refs = [ref for ref in header.tensors.values() if ref.name != name]
     text, _ = write_header([(ref.name, ref.dtype, ref.shape) for ref in refs])
     shard.write_bytes(text + b"".join(data[ref.offset : ref.offset + ref.nbytes] for ref in refs))
+
+
+def test_inspection(tmp_path: Path) -> None:
+    """Formats and sizes are told from headers and config."""
+    write_checkpoint(tmp_path, quantize_all)
+    checkpoint = Checkpoint.open(tmp_path)
+    found = inspect(tmp_path)
+    assert found.facts["stored as"] == "F16+int4"
+    assert found.facts["quantized"] == "7 matrices as GPTQ of 4 bits, group_size=32"
+    stored = sum(ref.nbytes for header in checkpoint.headers for ref in header.tensors.values())
+    assert sum(row.nbytes for row in found.layers) == stored
+    assert sum(row.num_parameters for row in found.layers) == checkpoint.spec.num_parameters
+    assert {matrix.format for matrix in checkpoint.quantized.values()} == {"int4"}
 
 
 class TestRows:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen_rt.errors import CheckpointError, QwenRtError, UnsupportedModelError
+from qwen_rt.errors import CheckpointError, UnsupportedModelError
 from qwen_rt.foreign import read_quantization
 from qwen_rt.spec import ModelSpec
 
 from . import layouts
-from .kit import CONFIG, MODULE, NAME, find_matrix, open_refusal, refusal, write_checkpoint, write_matrix
+from .kit import CONFIG, MODULE, NAME, open_refusal, refusal, write_checkpoint, write_matrix
 from .layouts import Written
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
@@ -56,7 +55,7 @@ def weights(**changes: Any) -> dict[str, Any]:
         (changed(GPTQ, group_size=0), "quantization_config.group_size=0; expected -1 for a whole row"),
         (changed(GPTQ, group_size=-2), "quantization_config.group_size=-2"),
         (changed(GPTQ, group_size=1e9), "quantization_config.group_size=1000000000.0"),
-        (changed(GPTQ, checkpoint_format="marlin"), 'quantization_config.checkpoint_format="marlin"; expected "gptq" or'),
+        (changed(GPTQ, checkpoint_format="marlin"), 'checkpoint_format="marlin"; expected "gptq" or "gptq_v2"'),
         (changed(GPTQ, format="gptq_p"), 'quantization_config.format="gptq_p"; expected "gptq" or "gptq_v2"'),
         (changed(GPTQ, is_marlin_format=True), '="marlin"; expected "gptq" or "gptq_v2"; take another quantized'),
         (changed(GPTQ, sym="yes"), 'quantization_config.sym="yes"; expected true or false'),
@@ -84,7 +83,7 @@ def weights(**changes: Any) -> dict[str, Any]:
         (changed(CT, format="marlin-24"), 'quantization_config.format="marlin-24"; expected "pack-quantized" or'),
         (changed(CT, format="nvfp4-pack-quantized"), 'format="nvfp4-pack-quantized"'),
         (changed(CT, config_groups={}), "config_groups=an object of 0 keys"),
-        (changed(CT, config_groups={"group_0": ["Linear"]}), "config_groups.group_0=a list of 1; expected a JSON object"),
+        (changed(CT, config_groups={"group_0": ["Linear"]}), "group_0=a list of 1; expected a JSON object"),
         (changed(CT, ignore="lm_head"), 'quantization_config.ignore="lm_head"; expected a list of names'),
         (changed(CT, ignore=["re:(a"]), 'the pattern "(a" of the quantization config'),
         (changed(CT, sparsity_config={"format": "sparse-24-bitmask"}), 'sparsity_config.format="sparse-24-bitmask"'),
@@ -117,7 +116,7 @@ def test_what_is_read_and_what_to_do_is_said() -> None:
 
 def test_two_configs() -> None:
     assert read_quantization({"quantization_config": GPTQ, "compression_config": GPTQ}) is not None
-    with pytest.raises(CheckpointError, match="config.json has both quantization_config and compression_config, and"):
+    with pytest.raises(CheckpointError, match=r"config.json has both quantization_config and compression_config, and"):
         read_quantization({"quantization_config": GPTQ, "compression_config": AWQ})
 
 
@@ -152,10 +151,8 @@ class TestParts:
         del written.tensors[part]
         text = refusal(lambda: write_matrix(tmp_path / "a", written))
         assert text.startswith(f"tensor {MODULE}.{part} is missing; expected ")
-        written.tensors[part] = (
-            dtype,
-            array.reshape(-1)[: array.size // 2] if array.size > 1 else np.zeros(3, array.dtype),
-        )
+        other = array.reshape(-1)[: array.size // 2] if array.size > 1 else np.zeros(3, array.dtype)
+        written.tensors[part] = (dtype, other)
         text = refusal(lambda: write_matrix(tmp_path / "b", written))
         assert text.startswith(f"tensor {MODULE}.{part} is {dtype} [")
         assert text.endswith("download the shards and config.json again")
@@ -313,98 +310,6 @@ class TestValues:
         assert "download it again" in text
         shard.unlink()
         assert "cannot be read" in refusal(matrix.load)
-
-
-HOSTILE: list[Any] = [
-    *(None, True, False, 0, 1, -1, 3, 4, 8, 16, 32, 48, 64, 128, 2**31, 2**63, 10**19, 1.5, 1e308, float("nan")),
-    *("", "gptq", "fp8", "int", "group", "gemm", "pack-quantized", "re:", "re:(a+)+$", "Linear", "a\nb", "\x00", "x" * 300),
-    *([], {}, [[]], [None], ["re:.*"], [128, 128], ["Linear"] * 300, {"a": {}}, {"": []}),
-]  # fmt: skip
-
-
-def places(value: Any) -> list[tuple[Any, Any]]:
-    found: list[tuple[Any, Any]] = []
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, child in list(items):
-        found.append((value, key))
-        found += places(child)
-    return found
-
-
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda: layouts.gptq(16, 64, act_order=True),
-        lambda: layouts.awq(16, 64),
-        lambda: layouts.compressed_integers(16, 64, symmetric=False),
-        lambda: layouts.compressed_integers(16, 64, bits=8, packed=False),
-        lambda: layouts.compressed_fp8(16, 64, strategy="block"),
-        lambda: layouts.fp8(16, 64),
-    ],
-)
-def test_damaged_configs_are_read_or_refused_in_a_line(tmp_path: Path, write: Callable[[], Written]) -> None:
-    """What is read after damage still fits its tensors; everything else is refused, and nothing else is raised."""
-    rng = random.Random(9)
-    written = write()
-    written.config.setdefault("dynamic", {})
-    write_matrix(tmp_path, written)
-    good = json.dumps(written.config)
-    keys = sorted({key for container, key in places(written.config) if isinstance(key, str)}) + ["format", "dynamic"]
-    num_read = 0
-    for i in range(1000):
-        config = json.loads(good)
-        for _ in range(rng.randint(1, 3)):
-            spots = places(config)
-            if not spots:
-                break
-            container, key = rng.choice(spots)
-            action = rng.randrange(4)
-            if action == 0:
-                del container[key]
-            elif action == 1 and isinstance(container, dict):
-                container[rng.choice(keys)] = container.pop(key)
-            else:
-                container[key] = json.loads(json.dumps(rng.choice(HOSTILE)))
-        written.config = config
-        try:
-            matrix = find_matrix(tmp_path, written)
-            tensor = matrix.load()
-        except QwenRtError as error:
-            assert str(error).isprintable(), i
-            assert len(str(error)) < 1500, i
-        except Exception as error:
-            pytest.fail(f"case {i}: {config}: {type(error).__name__}: {error}")
-        else:
-            num_read += 1
-            assert tensor.scheme == matrix.scheme, i
-    assert 20 < num_read < 900
-
-
-def test_damaged_tensors_are_read_or_refused_in_a_line(tmp_path: Path) -> None:
-    """Random bytes in every part: no other exception, and never a number that is none."""
-    rng = np.random.default_rng(4)
-    for i, write in enumerate(
-        [
-            lambda: layouts.gptq(16, 64, act_order=True),
-            lambda: layouts.awq(16, 64),
-            lambda: layouts.compressed_integers(16, 64, symmetric=False),
-            lambda: layouts.compressed_integers(16, 64, bits=8, packed=False),
-            lambda: layouts.fp8(16, 64),
-        ]
-    ):
-        for case in range(60):
-            written = write()
-            part = list(written.tensors)[case % len(written.tensors)]
-            dtype, array = written.tensors[part]
-            raw = np.frombuffer(array.tobytes(), np.uint8).copy()
-            raw[rng.integers(0, raw.size, 3)] = rng.integers(0, 256, 3)
-            written.tensors[part] = (dtype, raw.view(array.dtype).reshape(array.shape))
-            try:
-                tensor = write_matrix(tmp_path / str(i), written).load()
-            except QwenRtError as error:
-                assert str(error).isprintable()
-            else:
-                assert np.isfinite(tensor.scale.astype(np.float32)).all()
 
 
 def test_a_whole_checkpoint_is_refused_in_a_line(tmp_path: Path) -> None:

@@ -51,6 +51,13 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint4 v) {
                  : "memory");
 }
 
+__device__ __forceinline__ void store_shared_if(bool wanted, uint32_t address, uint4 v) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p st.shared.v4.u32 [%0], {%1, %2, %3, %4};\n}\n" ::"r"(address), "r"(v.x),
+        "r"(v.y), "r"(v.z), "r"(v.w), "r"(static_cast<int>(wanted))
+        : "memory");
+}
+
 // For data that is read once: it leaves L2 before what is read again, activations and keys and values.
 __device__ __forceinline__ uint64_t evict_first_policy() {
     uint64_t policy;

@@ -108,7 +108,8 @@ int32_t launch_skinny(const QwenRtCall& call, const Matrices& matrices, SkinnyPa
                                           reinterpret_cast<const unsigned short*>(p.norm_weight), matrices.perm, reordered, p.rows, p.k))
             return status;
         p.x = static_cast<const bf16*>(scratch);
-        if (p.norm_weight != nullptr) p.norm_weight = p.x + static_cast<int64_t>(p.rows) * p.k;
+        p.has_fresh_norm = p.norm_weight != nullptr;
+        if (p.has_fresh_norm) p.norm_weight = p.x + static_cast<int64_t>(p.rows) * p.k;
     }
     for (int i = 0; i < matrices.count; ++i)
         p.weight[i] = matrices.weight[i], p.scale[i] = matrices.scale[i], p.zero[i] = matrices.zero[i];

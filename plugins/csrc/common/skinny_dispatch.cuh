@@ -10,7 +10,9 @@ namespace qwen_rt {
 template <Format kFormat, Scaling kScaling, bool kNorm, int kNTiles, int kMTiles, int kStages, bool kResident, int kParts>
 bool try_variant(const QwenRtCall& call, const Device& device, const SkinnyGrid& grid, SkinnyParams p, int32_t* status) {
     using Slice = SliceOf<kFormat, kParts>;
-    int64_t bytes = squares_bytes(kNTiles) + reduce_bytes(kNTiles) + norm_bytes(kNorm, p.k) +
+    // Columns without a row read what lies behind the rows', and nobody reads them.
+    const int64_t behind = (kNTiles * 8 - p.rows) * Slice::kXBytes;
+    int64_t bytes = squares_bytes(kNTiles) + reduce_bytes(kNTiles, kMTiles) + norm_bytes(kNorm, p.k) + behind +
                     int64_t{kWarps} * ((kResident ? resident_bytes<Slice>(p.rows, p.k) : 0) +
                                        kStages * stage_bytes<Slice>(kMTiles, kResident ? 0 : p.rows));
     if (kScaling == Scaling::kGroups || kScaling == Scaling::kFine) {

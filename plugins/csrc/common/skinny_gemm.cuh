@@ -46,10 +46,10 @@ __global__ void __launch_bounds__(kSkinnyThreads, kNTiles <= 2 && kMTiles <= 3 &
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     const bool is_pairs = p.epilogue == Epilogue::kSiluGate;
     float* squares = reinterpret_cast<float*>(shared);   // [warp][column]
-    float* sums = squares + squares_bytes(kNTiles) / 4;  // [warp][column][20]
+    float* sums = squares + squares_bytes(kNTiles) / 4;  // [tile or turn][warp][column][20]
     const int bytes_of_stage = stage_bytes<Slice>(kMTiles, kResident ? 0 : p.rows);
     const int bytes_of_x = kResident ? resident_bytes<Slice>(p.rows, p.k) : 0;
-    const uint32_t norm = smem_address(shared) + squares_bytes(kNTiles) + reduce_bytes(kNTiles);
+    const uint32_t norm = smem_address(shared) + squares_bytes(kNTiles) + reduce_bytes(kNTiles, kMTiles);
     const uint32_t scales = norm + norm_bytes(kNorm, p.k);
     [[maybe_unused]] const ScaleRow scale_row = scale_row_of(kFormat, p);
     const int bytes_of_scales = kHasScales ? scale_buffer_bytes(scale_row, kMTiles) : 0;
@@ -152,6 +152,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, kNTiles <= 2 && kMTiles <= 3 &
     }
     if constexpr (kNorm) {
         constexpr bool kIsFp8 = kFormat == Format::kFp8 && !kFine;
+        if (p.has_fresh_norm) wait_for_previous_grids();
         for (int i = threadIdx.x; i < norm_bytes(kNorm, p.k) / 16; i += kSkinnyThreads) {
             uint4 w = i < p.k / 8 ? __ldg(reinterpret_cast<const uint4*>(p.norm_weight) + i) : make_uint4(0, 0, 0, 0);
             store_shared(norm + i * 16, kIsFp8 ? multiply_pairs(w, kFp8XScalePair) : w);
@@ -221,40 +222,46 @@ __global__ void __launch_bounds__(kSkinnyThreads, kNTiles <= 2 && kMTiles <= 3 &
             if (turn < my_turns) {
                 const int first_k = bytes_before(turn) * 8 / Slice::kBits + warp * Slice::kSliceK;
                 [[maybe_unused]] float part[kGrouped ? kMTiles : 1][kNTiles][4] = {}, sum_x[kNTiles][4] = {};
+                // Straight-line code for as many halves as registers hold x of, so that loads and products overlap.
+                constexpr int kAtOnce = kNTiles <= 2 ? Slice::kHalves : 1, kVectors = kAtOnce * Slice::kXVectors;
 #pragma unroll
-                for (int half = 0; half < Slice::kHalves; ++half) {
-                    uint4 x[kNTiles][Slice::kXVectors];
+                for (int halves = 0; halves < Slice::kHalves; halves += kAtOnce) {
+                    const auto vector_at = [&](int n, int v) {
+                        return x_of(stage, turn) + n * 8 * Slice::kXBytes + x_in(halves + v / Slice::kXVectors, v % Slice::kXVectors);
+                    };
+                    uint4 x[kNTiles][kVectors];
 #pragma unroll
                     for (int n = 0; n < kNTiles; ++n)
 #pragma unroll
-                        for (int v = 0; v < Slice::kXVectors; ++v) {
-                            x[n][v] = n * 8 + g < p.rows
-                                          ? load_shared(x_of(stage, turn) + n * 8 * Slice::kXBytes + x_in(half, v))
-                                          : make_uint4(0, 0, 0, 0);
-                        }
+                        for (int v = 0; v < kVectors; ++v) x[n][v] = load_shared(vector_at(n, v));
+                    if (kNorm && group == 0) {
+#pragma unroll
+                        for (int n = 0; n < kNTiles; ++n)
+#pragma unroll
+                            for (int v = 0; v < kVectors; ++v) square_sum[n] = add_squares(square_sum[n], x[n][v]);
+                    }
                     if (!kResident || group == 0) {
 #pragma unroll
-                        for (int v = 0; v < Slice::kXVectors; ++v) {
+                        for (int v = 0; v < kVectors; ++v) {
                             uint4 weight;
-                            if constexpr (kNorm)
-                                weight = load_shared(norm + (first_k + (t + 4 * half) * Slice::kLaneK + v * 8) * 2);
+                            if constexpr (kNorm) {
+                                const int chunk = t + 4 * (halves + v / Slice::kXVectors);
+                                weight = load_shared(norm + (first_k + chunk * Slice::kLaneK + v % Slice::kXVectors * 8) * 2);
+                            }
 #pragma unroll
                             for (int n = 0; n < kNTiles; ++n) {
-                                if constexpr (kNorm) {
-                                    if (group == 0) square_sum[n] = add_squares(square_sum[n], x[n][v]);
+                                if constexpr (kNorm)
                                     x[n][v] = multiply_pairs(x[n][v], weight);
-                                } else if constexpr (kFormat == Format::kFp8 && !kFine) {
+                                else if constexpr (kFormat == Format::kFp8 && !kFine)
                                     x[n][v] = multiply_pairs(x[n][v], kFp8XScalePair);
-                                }
                                 x[n][v] = in_order<kFormat>(x[n][v]);
-                                if (kResident && n * 8 + g < p.rows)
-                                    store_shared(x_of(stage, turn) + n * 8 * Slice::kXBytes + x_in(half, v), x[n][v]);
+                                if constexpr (kResident) store_shared_if(n * 8 + g < p.rows, vector_at(n, v), x[n][v]);
                             }
                         }
                     }
                     if constexpr (kHasZero) {
 #pragma unroll
-                        for (int s = 0; s < Slice::kSteps; ++s)
+                        for (int s = 0; s < 2 * kVectors; ++s)
 #pragma unroll
                             for (int n = 0; n < kNTiles; ++n) {
                                 const uint2 b = pair_of_pairs(x[n], s);
@@ -262,47 +269,47 @@ __global__ void __launch_bounds__(kSkinnyThreads, kNTiles <= 2 && kMTiles <= 3 &
                             }
                     }
 #pragma unroll
-                    for (int m = 0; m < kMTiles; ++m) {
-                        if (m > 0 && m * p.tile_units >= u.count) continue;
-                        const uint32_t from = stage + m * Slice::kTileBytes + weight_at(half);
-                        const uint4 low = load_shared(from), high = load_shared(from + 8 * Slice::kLineBytes);
-                        const uint32_t lows[4] = {low.x, low.y, low.z, low.w}, highs[4] = {high.x, high.y, high.z, high.w};
-                        float(&d)[kNTiles][4] = kGrouped ? part[kGrouped ? m : 0] : sum[m];
-                        if constexpr (kFormat == Format::kBf16) {
+                    for (int i = 0; i < kAtOnce; ++i)
 #pragma unroll
-                            for (int n = 0; n < kNTiles; ++n)
+                        for (int m = 0; m < kMTiles; ++m) {
+                            const uint32_t from = stage + m * Slice::kTileBytes + weight_at(halves + i);
+                            const uint4 low = load_shared(from), high = load_shared(from + 8 * Slice::kLineBytes);
+                            const uint32_t lows[4] = {low.x, low.y, low.z, low.w}, highs[4] = {high.x, high.y, high.z, high.w};
+                            float(&d)[kNTiles][4] = kGrouped ? part[kGrouped ? m : 0] : sum[m];
+                            if constexpr (kFormat == Format::kBf16) {
 #pragma unroll
-                                for (int s = 0; s < 2; ++s) {
-                                    const uint2 b = pair_of_pairs(x[n], s);
-                                    mma_bf16(d[n], lows[2 * s], highs[2 * s], lows[2 * s + 1], highs[2 * s + 1], b.x, b.y);
-                                }
-                        } else {
-                            constexpr int kStepsOfWord = Slice::kSteps / 4;
-#pragma unroll
-                            for (int word = 0; word < 4; ++word) {
-                                Pairs<kFormat> a(lows[word]), b(highs[word]);
-                                if constexpr (kFine) {
-                                    const int k = first_k + (t + 4 * half) * Slice::kLaneK + word * Slice::kLaneK / 4;
-                                    const int at = k >> p.group_shift;
-                                    a.scale(scale_rows.scale(m, 0, at), scale_rows.zero(m, 0, at));
-                                    b.scale(scale_rows.scale(m, 1, at), scale_rows.zero(m, 1, at));
-                                }
-#pragma unroll
-                                for (int s = 0; s < kStepsOfWord; ++s)
+                                for (int s = 0; s < 2; ++s)
 #pragma unroll
                                     for (int n = 0; n < kNTiles; ++n) {
-                                        const uint2 c = pair_of_pairs(x[n], word * kStepsOfWord + s);
-                                        mma_bf16(d[n], a.pair[2 * s], b.pair[2 * s], a.pair[2 * s + 1], b.pair[2 * s + 1], c.x, c.y);
+                                        const uint2 b = pair_of_pairs(x[n], i * Slice::kSteps + s);
+                                        mma_bf16(d[n], lows[2 * s], highs[2 * s], lows[2 * s + 1], highs[2 * s + 1], b.x, b.y);
                                     }
+                            } else {
+                                constexpr int kStepsOfWord = Slice::kSteps / 4;
+#pragma unroll
+                                for (int word = 0; word < 4; ++word) {
+                                    Pairs<kFormat> a(lows[word]), b(highs[word]);
+                                    if constexpr (kFine) {
+                                        const int k = first_k + (t + 4 * (halves + i)) * Slice::kLaneK + word * Slice::kLaneK / 4;
+                                        const int at = k >> p.group_shift;
+                                        a.scale(scale_rows.scale(m, 0, at), scale_rows.zero(m, 0, at));
+                                        b.scale(scale_rows.scale(m, 1, at), scale_rows.zero(m, 1, at));
+                                    }
+#pragma unroll
+                                    for (int s = 0; s < kStepsOfWord; ++s)
+#pragma unroll
+                                        for (int n = 0; n < kNTiles; ++n) {
+                                            const uint2 c = pair_of_pairs(x[n], i * Slice::kSteps + word * kStepsOfWord + s);
+                                            mma_bf16(d[n], a.pair[2 * s], b.pair[2 * s], a.pair[2 * s + 1], b.pair[2 * s + 1], c.x, c.y);
+                                        }
+                                }
                             }
                         }
-                    }
                 }
                 if constexpr (kGrouped) {
                     const int at = first_k >> p.group_shift;
 #pragma unroll
                     for (int m = 0; m < kMTiles; ++m) {
-                        if (m > 0 && m * p.tile_units >= u.count) continue;
 #pragma unroll
                         for (int h = 0; h < 2; ++h) {
                             const float factor = scale_rows.scale(m, h, at) * (kFormat == Format::kFp8 ? kFp8SumScale : 1.f);
@@ -328,7 +335,11 @@ __global__ void __launch_bounds__(kSkinnyThreads, kNTiles <= 2 && kMTiles <= 3 &
             stage += bytes_of_stage;
             if (stage == ring_end) stage = ring;
         }
-        if (kHasScales && num_turns < kStages) wait_copies<0>();  // else the next group's scales came with an earlier stage
+        // The next group's scales came with the stage of this group's first turn.
+        if constexpr (kHasScales) {
+            if (num_turns < kStages) wait_copies<0>();
+            else wait_copies<kStages - 1>();
+        }
 
         if constexpr (kNorm) {
             if (group == 0) {
@@ -341,43 +352,58 @@ __global__ void __launch_bounds__(kSkinnyThreads, kNTiles <= 2 && kMTiles <= 3 &
             }
         }
 
+        // A tile's sums go to shared memory, one warp's beside the others', and are added up by the threads that own an output.
+        const auto leave_sums = [&](float* buffer, int m, int r) {
 #pragma unroll
-        for (int m = 0; m < kMTiles; ++m) {
-            if (m * p.tile_units >= u.count) continue;
-#pragma unroll
-            for (int r = 0; r < kRounds; ++r) {
-                float* mine = sums + warp * kColumns * kReduceStride;
-#pragma unroll
-                for (int i = 0; i < kColumns / 8; ++i) {
-                    const int n = r * (kColumns / 8) + i;
-                    float* at = mine + (i * 8 + 2 * t) * kReduceStride + g;
-                    at[0] = sum[m][n][0];
-                    at[kReduceStride] = sum[m][n][1];
-                    at[8] = sum[m][n][2];
-                    at[kReduceStride + 8] = sum[m][n][3];
-                }
-                __syncthreads();
-                const int row = r * kColumns + my_column, unit = u.first + m * p.tile_units + my_unit;
-                if (i_store && m * p.tile_units + my_unit < u.count && row < p.rows) {
-                    float value = 0.f, second = 0.f, mean = 0.f;
-#pragma unroll
-                    for (int w = 0; w < kWarps; ++w) {
-                        const float* from = sums + (w * kColumns + my_column) * kReduceStride + my_unit;
-                        value += from[0];
-                        if constexpr (kNorm) {
-                            if (is_pairs) second += from[8];
-                            mean += squares[w * kNTiles * 8 + row];
-                        }
-                    }
-                    if constexpr (kScaling == Scaling::kRow) {
-                        value *= addends.scale[m];
-                        second *= addends.second[m];
-                    }
-                    const float inverse_rms = kNorm ? rsqrtf(mean / static_cast<float>(p.k) + p.epsilon) : 1.f;
-                    store_output<kNorm>(p, row, unit, value * inverse_rms, second * inverse_rms, addends.value[m][r]);
-                }
-                __syncthreads();
+            for (int i = 0; i < kColumns / 8; ++i) {
+                const int n = r * (kColumns / 8) + i;
+                float* at = buffer + (warp * kColumns + i * 8 + 2 * t) * kReduceStride + g;
+                at[0] = sum[m][n][0];
+                at[kReduceStride] = sum[m][n][1];
+                at[8] = sum[m][n][2];
+                at[kReduceStride + 8] = sum[m][n][3];
             }
+        };
+        const auto add_up = [&](const float* buffer, int m, int r) {
+            const int row = r * kColumns + my_column, unit = u.first + m * p.tile_units + my_unit;
+            if (!i_store || m * p.tile_units + my_unit >= u.count || row >= p.rows) return;
+            float value = 0.f, second = 0.f, mean = 0.f;
+#pragma unroll
+            for (int w = 0; w < kWarps; ++w) {
+                const float* from = buffer + (w * kColumns + my_column) * kReduceStride + my_unit;
+                value += from[0];
+                if constexpr (kNorm) {
+                    if (is_pairs) second += from[8];
+                    mean += squares[w * kNTiles * 8 + row];
+                }
+            }
+            if constexpr (kScaling == Scaling::kRow) {
+                value *= addends.scale[m];
+                second *= addends.second[m];
+            }
+            const float inverse_rms = kNorm ? rsqrtf(mean / static_cast<float>(p.k) + p.epsilon) : 1.f;
+            store_output<kNorm>(p, row, unit, value * inverse_rms, second * inverse_rms, addends.value[m][r]);
+        };
+        if constexpr (kNTiles == 1) {
+#pragma unroll
+            for (int m = 0; m < kMTiles; ++m) leave_sums(sums + m * reduce_floats(1), m, 0);
+            __syncthreads();
+#pragma unroll
+            for (int m = 0; m < kMTiles; ++m) add_up(sums + m * reduce_floats(1), m, 0);
+            __syncthreads();
+        } else {
+#pragma unroll
+            for (int m = 0; m < kMTiles; ++m) {
+                if (m * p.tile_units >= u.count) continue;
+#pragma unroll
+                for (int r = 0; r < kRounds; ++r) {
+                    float* buffer = sums + (m * kRounds + r) % 2 * reduce_floats(kNTiles);
+                    leave_sums(buffer, m, r);
+                    __syncthreads();
+                    add_up(buffer, m, r);
+                }
+            }
+            __syncthreads();
         }
     }
 }

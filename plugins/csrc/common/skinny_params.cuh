@@ -32,6 +32,7 @@ struct SkinnyParams {
     int tile_units;      // units of a tile: at most 16, or 8 pairs; evened out over a block's tiles
     int trigger;
     int scale_buffers;   // 2 where scales of the next group of tiles come while those of this one are used
+    bool has_fresh_norm;  // norm_weight was written by the kernel before this one
 };
 
 constexpr int kWarps = 8;
@@ -41,7 +42,11 @@ constexpr uint32_t kOnes = 0x3f803f80u;      // bf16
 
 // Columns (activation rows) whose sums are added up together.
 __host__ __device__ constexpr int reduce_columns(int n_tiles) { return n_tiles == 1 ? 8 : 16; }
-__host__ __device__ constexpr int reduce_bytes(int n_tiles) { return kWarps * reduce_columns(n_tiles) * kReduceStride * 4; }
+__host__ __device__ constexpr int reduce_floats(int n_tiles) { return kWarps * reduce_columns(n_tiles) * kReduceStride; }
+// Of up to 8 rows all tiles of a group are added up between two barriers; of more, tiles take turns on two buffers.
+__host__ __device__ constexpr int reduce_bytes(int n_tiles, int m_tiles) {
+    return reduce_floats(n_tiles) * 4 * (n_tiles == 1 ? m_tiles : 2);
+}
 __host__ __device__ constexpr int squares_bytes(int n_tiles) { return kWarps * n_tiles * 8 * 4; }
 // Norm weights, up to the end of the last slice.
 __host__ __device__ constexpr int norm_bytes(bool has_norm, int k) { return has_norm ? (k * 2 + 255) / 256 * 256 : 0; }

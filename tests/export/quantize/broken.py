@@ -98,6 +98,13 @@ class QuantizedRows(ArrayRows):
             stored = quantize(name, self.arrays[name], scheme)
             self.arrays[name] = dequantize((damage or {}).get(name, lambda tensor: tensor)(stored))
 
+    def damaged(
+        self, source: Mapping[str, F32], schemes: Mapping[str, Scheme], damage: Mapping[str, Damage]
+    ) -> ArrayRows:
+        """The same with some matrices broken; the others are not quantized again."""
+        names = {name: schemes[name] for name in damage}
+        return ArrayRows(self.arrays | {name: QuantizedRows(source, names, damage).arrays[name] for name in names})
+
 
 def changed(tensor: QuantizedTensor, **fields: Any) -> QuantizedTensor:
     """A copy with some fields replaced."""

@@ -115,9 +115,9 @@ def nano_texts() -> tuple[list[list[int]], list[list[int]]]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(Checkpoint.open("nano").path / "tokenizer.json"))
-    seen = itertools.islice(stream(77, excluded_questions()), 12)
+    seen = itertools.islice(stream(77, excluded_questions()), 8)
     seen_texts = [instruct_prompt(problem.question) + problem.solution + IM_END for problem in seen]
-    held_out = [instruct_prompt(row["question"]) + row["solution"] + IM_END for row in load()[:8]]
+    held_out = [instruct_prompt(row["question"]) + row["solution"] + IM_END for row in load()[:5]]
     seen_ids, held_out_ids = (
         [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
         for texts in (seen_texts, held_out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -43,11 +43,20 @@ CASES = [
     ("heads-0.5b", Scheme("int4", 32)),
     ("heads-72b", Scheme("int4")),
     ("mha", Scheme("int4", 128)),
-    ("yarn", Scheme("int4", 32, symmetric=False)),
+    ("yarn", Scheme("int4", 16, symmetric=False)),
     ("heads-1.5b", Scheme("int8")),
     ("odd", Scheme("int8")),
     ("one-layer", Scheme("int8", 0)),
 ]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """More only spin: the shapes are small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _loud(case: Case) -> tuple[ModelSpec, Arrays]:
@@ -108,7 +117,7 @@ def test_factors_of_o_are_shared_by_the_query_heads_of_a_group(zoo: Zoo) -> None
 
 
 def test_a_model_without_biases(zoo: Zoo) -> None:
-    spec, arrays = _loud(zoo.case("heads-0.5b"))
+    spec, arrays = _loud(zoo.case("yarn"))
     spec = dataclasses.replace(spec, qkv_bias=False)
     rows = ArrayRows({name: array for name, array in arrays.items() if not name.endswith(".bias")})
     found = calibrate(rows, spec, _texts(spec), _schemes(spec, Scheme("int4", 32)))
@@ -122,7 +131,7 @@ def test_a_model_without_biases(zoo: Zoo) -> None:
 
 @pytest.mark.parametrize("scheme", [Scheme("int4", 32), Scheme("int8")], ids=str)
 def test_folds_are_exact_in_every_dtype(scheme: Scheme, zoo: Zoo) -> None:
-    spec, arrays = _loud(zoo.case("heads-0.5b"))
+    spec, arrays = _loud(zoo.case("yarn"))
     arrays = {name: array.astype(ml_dtypes.bfloat16).astype(np.float32) for name, array in arrays.items()}
     name = "model.layers.0.input_layernorm.weight"
     arrays[name][:4] = (2.0**-13, 2.0**-20, 0, 60000)  # the edges of float16, and below it
@@ -223,12 +232,12 @@ def test_fp8_is_left_alone_and_measured(zoo: Zoo) -> None:
         assert entry["max"] == pytest.approx(float(x.max()), rel=1e-4)
         assert entry["mean"] == pytest.approx(float(x.mean()), rel=1e-4)
         assert entry["rms"] == pytest.approx(float(x.square().mean().sqrt()), rel=1e-4)
-        assert entry["p99.9"] == pytest.approx(float(np.quantile(x.numpy(), 0.999)), rel=0.05)
+        assert entry["p99.9"] == pytest.approx(float(np.quantile(x.numpy(), 0.999)), rel=0.1)  # of a sample's
 
 
 def test_matrices_that_stay_as_they_are_are_not_touched(zoo: Zoo) -> None:
     """down_proj cannot be scaled without up_proj, o_proj not without v_proj; clipping by importance needs neither."""
-    spec, arrays = _loud(zoo.case("heads-0.5b"))
+    spec, arrays = _loud(zoo.case("yarn"))
     scheme = Scheme("int4", 32)
     schemes = {
         name: scheme
@@ -271,7 +280,7 @@ def test_the_head_is_clipped_by_importance_and_not_scaled(name: str, zoo: Zoo) -
 
 
 def test_equal_arguments_give_equal_calibrations_and_reports_are_json(zoo: Zoo) -> None:
-    spec, arrays = _loud(zoo.case("heads-0.5b"))
+    spec, arrays = _loud(zoo.case("yarn"))
 
     def run() -> Calibration:
         return calibrate(ArrayRows(arrays), spec, _texts(spec), _schemes(spec, Scheme("int4", 32)))
@@ -292,7 +301,7 @@ def test_equal_arguments_give_equal_calibrations_and_reports_are_json(zoo: Zoo) 
 
 def test_layer_inputs_for_whoever_chooses_offsets(zoo: Zoo) -> None:
     """`activations` are what q, k and v get, of the source and of the edited model."""
-    spec, arrays = _loud(zoo.case("heads-0.5b"))
+    spec, arrays = _loud(zoo.case("yarn"))
     rows, texts = ArrayRows(arrays), _texts(spec)
     found = calibrate(rows, spec, texts, _schemes(spec, Scheme("int4", 32)))
     assert len(found.hidden) == spec.num_layers
@@ -454,7 +463,7 @@ def test_rows_are_sampled_over_the_whole_matrix(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_wide_model_is_calibrated_on_samples(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a few rows and tokens instead of all the choice is hardly worse."""
-    spec, arrays = _loud(zoo.case("heads-0.5b"))
+    spec, arrays = _loud(zoo.case("yarn"))
     rows, schemes = ArrayRows(arrays), _schemes(spec, Scheme("int4", 32))
     texts, held_out = _texts(spec), _texts(spec, seed=2)
     expected = hidden_states(rows, spec, held_out)
