@@ -67,7 +67,7 @@ class ScaledKeyBias:
 
 
 def _per_tensor(x: F64, kv_format: str) -> F64:
-    scale = max(float(np.abs(x).max()), np.finfo(np.float32).tiny) / KV_LARGEST[kv_format]
+    scale = max(float(np.abs(x).max()), float(np.finfo(np.float32).tiny)) / KV_LARGEST[kv_format]
     rounded: F64 = (round_fp8(x / scale) if kv_format == "fp8" else np.rint(x / scale)) * scale
     return rounded
 
@@ -151,7 +151,8 @@ def run(name: str, spec: ModelSpec, rows: RowSource, run_name: str, results: Pat
     for kv_format in KV_FORMATS:
         plan = choose_kv_offsets(rows, spec, kv_format)
         check = check_plan(plan, choose_kv_offsets(rows, spec, kv_format))
-        print(f"{name}, {kv_format}, key biases up to {bias:g}: {check['num_split']} of {check['num_heads']} heads split")
+        split = f"{check['num_split']} of {check['num_heads']} heads split"
+        print(f"{name}, {kv_format}, key biases up to {bias:g}: {split}")
         for contender, metrics in measure(spec, rows, plan).items():
             print(f"  {contender:<12} " + "  ".join(f"{key} {value:.4f}" for key, value in metrics.items()), flush=True)
             if not dry:

@@ -210,8 +210,8 @@ def gate_scale_limit(scheme: Scheme | None, columns: int) -> float:
 
     With the rounding error e, ⟨ŵ, w⟩ / ⟨w, w⟩ of a group of n numbers is off by e / sqrt(n), and by e² where the
     rounding shrinks, as a clipped scale does; measured 0.014 for int4 g128 and 0.002 for fp8. The limit is four times
-    that: where it costs the output nothing, a calibration may err by three e. 0.067 for int4 g128, whose scales differ by
-    0.13 from group to group in normally distributed rows, so that another group's is off by 0.18. At least 0.02.
+    that: where it costs the output nothing, a calibration may err by three e. 0.067 for int4 g128, whose scales differ
+    by 0.13 from group to group in normally distributed rows, so that another group's is off by 0.18. At least 0.02.
     """
     if scheme is None:
         return 0.02
@@ -243,8 +243,8 @@ def gate_kl_limit(formats: Iterable[str], kv_format: str | None = None) -> float
     logits of the standard deviation s, that is (e s)² / 2. Random models have s = 0.9 and e = 0.013, 0.045 and 0.17
     with int8, fp8 and int4 g128: 7e-5, 8e-4 and 0.012, and measured are 9e-5, 1e-3 and 0.016. Trained models have s = 2
     to 3, and e grows with the layers: nano gives 8e-4, 5e-3 and 0.08. The limits are six (int4) to forty times (int8)
-    as much. Half a nat says that a token of the source keeps 60 % of its probability: int4 may cost a small model nearly that, a
-    model with one broken layer costs more. A quantized cache adds less than fp8 or int8 weights do, nano's 1e-3.
+    as much. Half a nat says that a token of the source keeps 60 % of its probability: int4 may cost a small model
+    nearly that, a model with one broken layer costs more. A quantized cache adds less than fp8 or int8 weights do, nano's 1e-3.
     """
     weights = max((_GATE_KL[name] for name in formats), default=1e-3)
     return weights + (_GATE_KL_KV[kv_format] if kv_format is not None else 0.0)

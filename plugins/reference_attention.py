@@ -187,7 +187,8 @@ def _turned_offset(offset: ArrayLike | None, length: int, inv_freq: ArrayLike, s
         return np.zeros((1, length, 1))
     heads = np.asarray(offset, np.float64)
     tables = reference.rotary_tables(np.arange(length)[None], inv_freq, scaling)
-    return reference.apply_rotary(np.repeat(heads[None, :, None], length, axis=2), *tables)[0]
+    turned: F64 = reference.apply_rotary(np.repeat(heads[None, :, None], length, axis=2), *tables)[0]
+    return turned
 
 
 def _heads(flat: F64, head_dim: int) -> F64:

@@ -8,6 +8,7 @@
 | `linear`        | Transpose + MatMul + Add → Gemm on the stored layout; q, k and v packed     |
 | `norm`          | residual Add + RMSNormalization → SkipSimplifiedLayerNormalization          |
 | `activation`    | x · sigmoid(x) → QuickGelu with alpha 1                                     |
+| `kv_cache_cpu`  | new keys and values rounded as a quantized cache rounds them, if asked for    |
 | `lower_cpu`     | all of these, in the order that ONNX Runtime's CPU kernels want             |
 | `decoder`       | no change: every node of a portable graph checked against the model's spec  |
 | `lower_cuda`    | that check, then a new graph of our plugin ops over a paged cache           |

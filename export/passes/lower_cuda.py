@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from qwen_rt import tensors
 from qwen_rt.errors import GraphError, UnsupportedModelError
 from qwen_rt.export.passes.decoder import EMBEDDING, HEAD, match_decoder
-from qwen_rt.export.passes.kv_cache_cpu import bias_tensor
 from qwen_rt.export.passes.plugin_node import OPSET_VERSION, plugin_node
 from qwen_rt.export.portable import QuantizedLocation, external_value
 from qwen_rt.ops import BLOCK_SIZE, DOMAIN, KV_CACHE_FORMATS, WEIGHT_FORMATS
@@ -103,7 +102,8 @@ def lower_cuda(
     matched = match_decoder(model, spec)
     weights = {name: _weight(name, value) for name, value in matched.items() if name not in places}
     if kv is not None:
-        weights |= {name: _bias(name, left) for name, left in kv.tensors().items() if name in weights}
+        left = {name: array for name, array in kv.tensors().items() if name in weights}
+        weights |= {name: _inline(name, array.astype(ir.DataType.BFLOAT16.numpy())) for name, array in left.items()}
     lowered = _Emitter(spec, max_length, weights, {name: Matrix.of(name, at) for name, at in places.items()}, kv).run()
     _check_ops(lowered, spec.num_layers)
     return lowered
@@ -116,12 +116,10 @@ def _weight(name: str, value: ir.Value) -> ir.Value:
     return ir.Value(name=name, type=value.type, shape=value.shape, const_value=value.const_value)
 
 
-def _inline(name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
-
-
-def _bias(name: str, left: NDArray[np.float32]) -> ir.Value:
-    return _inline(name, bias_tensor(name, left, ir.DataType.BFLOAT16))
+def _inline(name: str, array: NDArray[Any]) -> ir.Value:
+    """An initializer that lies in the graph."""
+    tensor = ir.tensor(array, name=name)
+    return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
 
 
 @dataclass(frozen=True)
@@ -173,7 +171,7 @@ class _Emitter:
                 caches += [_graph_input(name(layer), f32, *self.cache_shape[:-1]) for name in _SCALES[0]]
         self.inputs = {str(value.name): value for value in (*edges, *caches)}
         name = "/model/rotary_emb/inv_freq"
-        self.inv_freq = _inline(name, ir.tensor(spec.rope.inv_freq(spec.head_dim).astype(np.float32), name=name))
+        self.inv_freq = _inline(name, spec.rope.inv_freq(spec.head_dim).astype(np.float32))
 
     def run(self) -> ir.Model:
         spec = self.spec
@@ -284,7 +282,7 @@ class _Emitter:
         """Offsets of a layer's cache, as inputs of its attention; none where they are zero."""
         plan = kv.layers[layer]
         found = {
-            key: _inline(name, ir.tensor(offset, name=name))
+            key: _inline(name, offset)
             for key, name, offset in (
                 ("k_offset", key_offset_name(layer), plan.key_offset),
                 ("v_offset", value_offset_name(layer), plan.value_offset),

@@ -191,7 +191,7 @@ class _Gate:
             before, after = block.rows
             if block.name not in checks:
                 shape = sources[0].shape(block.name)
-                checks[block.name] = MatrixCheck(block.name, self.schemes.get(block.name), shape[1], len(own))
+                checks[block.name] = MatrixCheck(block.name, self.schemes.get(block.name), shape, len(own))
                 for products in outputs:
                     products.append(own.new_empty(len(own), shape[0]))
                 columns = None if folds is None else folds.columns(block.name)

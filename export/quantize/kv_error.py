@@ -1,9 +1,10 @@
 """What rounding does to the keys and values of a layer, with its own weights: the error that attention gets to see.
 
-    keys    |q · (k' - k), its mean over the visible keys taken off| / |q · k, likewise|     over queries and heads
+    keys    |q · (k' - k)| / |q · R(place) (k - mean of k)|, a query's mean over its visible keys taken off both
     values  |v' - v| / |v - mean of v|
 
-Scores are all that softmax sees of keys, and it does not see their mean over the keys of a query.
+Scores are all that softmax sees of keys, and it does not see their mean over the keys of a query. The denominators are
+what tells one token from another: with a bias of any size they stay what they are.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class KvSample:
 
     def key_errors(self, rounding: Rounding, offset: ArrayLike = 0.0) -> F64:
         """Relative error of the scores of each kv head, f64[Hkv], if `R(place) · (k - offset)` is rounded."""
-        whole = self._scores_size(_turn(self.keys, self.places, self.inv_freq))
+        whole = self._scores_size(_turn(self.keys - self.keys.mean(0), self.places, self.inv_freq))
         turned = _turn(self.keys - np.asarray(offset), self.places, self.inv_freq)
         return _ratio(self._scores_size(rounding(turned) - turned), whole)
 

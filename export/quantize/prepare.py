@@ -98,6 +98,8 @@ def prepare(
     method = "rtn"
     if precision == FROM_CHECKPOINT:
         schemes = {name: matrix.scheme for name, matrix in checkpoint.quantized.items()}
+        if EMBEDDING in schemes and not _can_look_up(schemes[EMBEDDING]):
+            del schemes[EMBEDDING]  # stored as floats instead
         stored, method = frozenset(schemes), "checkpoint"
         _check_units(spec.num_layers, schemes, rows if target == "cuda" else None)
     elif precision in FORMATS:
@@ -128,6 +130,11 @@ def prepare(
         kv = choose_kv_offsets(edited, spec, options.kv_cache, hidden=hidden, quiet=quiet)
         report["kv_cache"] = kv.summary()
     return Prepared(spec, rows, edited, schemes, stored, edits, vectors, kv, method, report)
+
+
+def _can_look_up(scheme: Scheme) -> bool:
+    """Whether rows of a quantized embedding can be looked up."""
+    return scheme.format != "int4" and scheme.symmetric and not scheme.permuted
 
 
 def _check_units(num_layers: int, schemes: Mapping[str, Scheme], rows: CheckpointRows | None) -> None:

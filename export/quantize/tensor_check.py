@@ -23,19 +23,19 @@ class MatrixCheck:
     Args:
         name: The matrix.
         scheme: How it is stored; None if it is not quantized.
-        columns: K.
-        num_tokens: T, of all texts together.
+        shape: [N, K].
+        num_tokens: T.
     """
 
-    def __init__(self, name: str, scheme: Scheme | None, columns: int, num_tokens: int) -> None:
-        self._name, self._scheme, self._columns = name, scheme, columns
-        self._width = scheme.group_size or columns if scheme is not None else columns
+    def __init__(self, name: str, scheme: Scheme | None, shape: tuple[int, ...], num_tokens: int) -> None:
+        self._name, self._scheme = name, scheme
+        num_rows, self._columns = shape
+        self._num_groups = 1 if scheme is None else scheme.num_groups(self._columns)
         self._error_squares = torch.zeros(num_tokens, dtype=torch.float64)
         self._output_squares = torch.zeros(num_tokens, dtype=torch.float64)
         self._weight_error = 0.0
-        self._products: list[Tensor] = []  # ⟨ŵ, w⟩ of each group: f32[n, G] a block; and so on
-        self._source_squares: list[Tensor] = []
-        self._squares: list[Tensor] = []
+        # Of every group ⟨ŵ, w⟩, ⟨w, w⟩ and ⟨ŵ, ŵ⟩. Made at once: small pieces between blocks would break up the memory.
+        self._products, self._source_squares, self._squares = torch.zeros(3, num_rows, self._num_groups)
 
     def add_rows(
         self, start: int, source: Tensor, quantized: Tensor, columns: Tensor | None, folds: LayerFolds | None
@@ -53,7 +53,7 @@ class MatrixCheck:
             f32[n], what the bundle's rows are multiplied by; None for 1.
         """
         step = max(1, _PIECE_ELEMENTS // self._columns)
-        factors = []
+        factors = torch.ones(len(source))
         for low in range(0, len(source), step):
             before, after = source[low : low + step], quantized[low : low + step]
             if columns is not None:
@@ -61,17 +61,14 @@ class MatrixCheck:
             rows = None if folds is None else folds.rows(self._name, start + low, before, after)
             if rows is not None:
                 before = before * rows[:, None]
-            factors.append(torch.ones(len(before)) if rows is None else rows)
+                factors[low : low + step] = rows
             self._weight_error += float((after - before).square().sum(dtype=torch.float64))
-            shape = (len(before), -1, self._width)
-            for sums, values in (
-                (self._products, before * after),
-                (self._source_squares, before.square()),
-                (self._squares, after.square()),
-            ):
-                sums.append(values.view(shape).sum(-1))
-        found = torch.cat(factors)
-        return None if bool((found == 1).all()) else found
+            shape = (len(before), self._num_groups, -1)
+            part = slice(start + low, start + low + len(before))
+            self._products[part] = (before * after).view(shape).sum(-1)
+            self._source_squares[part] = before.square().view(shape).sum(-1)
+            self._squares[part] = after.square().view(shape).sum(-1)
+        return None if bool((factors == 1).all()) else factors
 
     def add_outputs(self, expected: Tensor, found: Tensor) -> None:
         """Take what the source's input becomes with those rows as they should be and as they are: f32[T, n] each."""
@@ -80,7 +77,7 @@ class MatrixCheck:
 
     def result(self) -> TensorError:
         """The errors, and what seems to be wrong if they are out of limits."""
-        products, before, after = (torch.cat(p).double() for p in (self._products, self._source_squares, self._squares))
+        products, before, after = (sums.double() for sums in (self._products, self._source_squares, self._squares))
         total = float(before.sum())
         used = before > 0
         gains = products[used] / before[used]

@@ -124,7 +124,8 @@ __global__ void __launch_bounds__(kRowThreads)
     uint4* to = reinterpret_cast<uint4*>(out + static_cast<int64_t>(blockIdx.x) * k);
     for (int i = threadIdx.x; i < k / 8; i += kRowThreads) {
         const int group = i * 8 / group_size;
-        const uint4 v = dequantize_eight<kFormat>(from, i, scale_at<kFormat>(scales, row * groups + group), zero_at<kFormat>(zero_row, group));
+        const uint4 v = dequantize_eight<kFormat>(from, i, scale_at<kFormat>(scales, row * groups + group),
+                                                  zero_at<kFormat>(zero_row, group));
         if (perm == nullptr) {
             to[i] = v;
             continue;

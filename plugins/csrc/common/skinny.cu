@@ -31,7 +31,7 @@ constexpr int kTriggerChunks = 3;
 // A block that reads no more than this leaves half of the SM to the next kernel's block; a larger one takes all, because
 // two blocks of one kernel on an SM, which the hardware places where it finds room, end late.
 constexpr int64_t kSmallBlockBytes = 224 * 1024;
-constexpr int kSmallestGroup = 16, kLargestGroup = 256, kCoarseGroup = 128;
+constexpr int kSmallestGroup = 16, kLargestGroup = 256;
 constexpr int kStep = 64;           // what k must divide by
 constexpr int kMostGroupedRows = 32;  // rows of one launch where x takes too much room: more go in two
 
@@ -78,7 +78,8 @@ int32_t read_matrices(const QwenRtCall& call, const MatrixTensors& where, int64_
                       static_cast<long long>(groups), static_cast<long long>(k));
     m.group_size = static_cast<int>(size);
     const bool is_plain = groups == 1 && num_zeros == 0 && m.format != Format::kInt4;
-    m.scaling = is_plain ? Scaling::kRow : groups == 1 || size >= kCoarseGroup ? Scaling::kGroups : Scaling::kFine;
+    const int64_t unit = m.format == Format::kInt4 ? 128 : 64;
+    m.scaling = is_plain ? Scaling::kRow : groups == 1 || size >= unit ? Scaling::kGroups : Scaling::kFine;
     return QWEN_RT_OK;
 }
 

@@ -15,18 +15,19 @@ int32_t choose_of_rows(const QwenRtCall& call, const Device& device, const Skinn
     QWEN_RT_LINES
     if (p.rows <= 8) {
         QWEN_RT_TRY(tiles > 1 && grid.is_small, 1, 2, 3, 1);
-        QWEN_RT_TRY(tiles > 1 && tiles <= (is_many ? 12 : 3), 1, 3, 4, 1);
-        QWEN_RT_TRY(!is_many && tiles > 3, 1, 1, 10, 1);
+        QWEN_RT_TRY(tiles > 2 && tiles <= (is_many ? 64 : 3), 1, 3, 4, 1);
+        QWEN_RT_TRY(false, 1, 4, 3, 1);
         QWEN_RT_TRY(tiles > 1, 1, 2, 5, 1);
+        QWEN_RT_TRY(false, 1, 1, 10, 1);
+        QWEN_RT_TRY(false, 1, 6, 4, 2);
         QWEN_RT_TRY(tiles > 1, 1, 3, 3, 1);
         QWEN_RT_TRY(tiles > 1, 1, 2, 4, 1);
         QWEN_RT_TRY(true, 1, 1, 5, 1);
         QWEN_RT_TRY(true, 1, 1, 3, 1);
         QWEN_RT_TRY(false, 1, 1, 8, 1);
-        QWEN_RT_TRY(false, 1, 4, 3, 1);
+        QWEN_RT_TRY(false, 1, 4, 6, 2);
+        QWEN_RT_TRY(false, 1, 5, 4, 2);
     } else if (p.rows <= 16) {
-        QWEN_RT_TRY_RESIDENT(tiles > 3, 2, 3, 2, 1);
-        QWEN_RT_TRY_RESIDENT(tiles > 3, 2, 2, 3, 1);
         QWEN_RT_TRY(tiles > 3, 2, 6, 3, 2);
         QWEN_RT_TRY(tiles > 1, 2, 4, 4, 2);
         QWEN_RT_TRY(tiles > 1, 2, 2, 3, 1);
@@ -35,6 +36,8 @@ int32_t choose_of_rows(const QwenRtCall& call, const Device& device, const Skinn
         QWEN_RT_TRY(false, 2, 3, 2, 1);
         QWEN_RT_TRY(false, 2, 2, 5, 2);
         QWEN_RT_TRY(false, 2, 3, 4, 2);
+        QWEN_RT_TRY(false, 2, 4, 2, 1);
+        QWEN_RT_TRY(false, 2, 5, 3, 2);
     } else if (p.rows <= 32) {
         QWEN_RT_TRY(tiles > 2, 4, 4, 3, 2);
         QWEN_RT_TRY(tiles > 1, 4, 2, 2, 1);
@@ -42,6 +45,7 @@ int32_t choose_of_rows(const QwenRtCall& call, const Device& device, const Skinn
         QWEN_RT_TRY(true, 4, 1, 1, 2);
         QWEN_RT_TRY(false, 4, 6, 2, 2);
         QWEN_RT_TRY(false, 4, 2, 4, 2);
+        QWEN_RT_TRY(false, 4, 3, 3, 2);
     } else {
         QWEN_RT_TRY(tiles > 2, 8, 4, 2, 2);
         QWEN_RT_TRY(tiles > 1, 8, 2, 2, 2);

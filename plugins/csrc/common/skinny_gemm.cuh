@@ -2,11 +2,12 @@
 //
 // Weights w are [m, k] row-major as stored, bf16 or quantized; nothing is repacked. Formats: skinny_format.cuh.
 //
-// Numerics: bf16 products, f32 accumulators. Each of the 8 warps sums its slice (128 bytes of a row; 64 of int4) of every
-//   chunk of eight in ascending order, then the 8 sums are added in warp order. That order is the same for every number of
-//   rows, in every variant: a row's result is bit for bit the same alone, among any batch mates, and on any number of SMs.
+// Numerics: exact products of stored numbers with 16-bit x (skinny_format.cuh), f32 accumulators. Each of the 8 warps sums
+//   its slice (128 bytes of a row; 64 of int4) of every chunk of eight in ascending order, then the 8 sums are added in warp
+//   order. That order is the same for every number of rows, in every variant: a row's result is bit for bit the same alone,
+//   among any batch mates, and on any number of SMs.
 //   With a norm, x · norm_weight is rounded to bf16 and 1 / rms is applied to the f32 sum, so that nothing waits for it.
-//   Scales of rows multiply the finished f32 sum, scales of groups the f32 sum of a slice; groups of less than 128 columns
+//   Scales of rows multiply the finished f32 sum, scales of groups that of a unit (64 bytes of a row); those of fewer columns
 //   multiply the weights, which are rounded to bf16.
 // Mapping: a persistent grid of one block of 8 warps per SM; block b owns the output units [b U / G, (b + 1) U / G), each
 //   with all of k, so no sums cross blocks and all SMs read the same number of bytes to within one row. Every warp streams
@@ -21,24 +22,29 @@
 //   and the rings carry weights only.
 #pragma once
 
-#include "skinny_params.cuh"
+#include "skinny_products.cuh"
 
 namespace qwen_rt {
 
 // ---------------------------------------------------------------- kernel
 
+// Whether a block leaves half of the SM to the next kernel's: of shared memory, and so of registers.
+template <Format kFormat, Scaling kScaling, int kParts>
+constexpr bool leaves_half(int n_tiles, int m_tiles, int stages, bool is_resident) {
+    constexpr int kHalfBytes = 112 * 1024;
+    return n_tiles <= 2 && !is_resident && kScaling != Scaling::kFine &&
+           kWarps * stages * stage_bytes<SliceOf<kFormat, kParts>>(m_tiles, 1) <= kHalfBytes;
+}
+
 // kNTiles: activation rows / 8; kMTiles: 16-row tiles of weights in a group; kStages: lines under way; kResident: x stays;
 // kParts: lines of a slice.
 // The inner loop is short on purpose: unrolled by stages it missed the instruction cache and ran at 3 TB/s.
 template <Format kFormat, Scaling kScaling, bool kNorm, int kNTiles, int kMTiles, int kStages, bool kResident, int kParts>
-__global__ void __launch_bounds__(kSkinnyThreads, kNTiles <= 2 && kMTiles <= 3 && !kResident && kScaling != Scaling::kFine ? 2 : 1)
+__global__ void __launch_bounds__(kSkinnyThreads, leaves_half<kFormat, kScaling, kParts>(kNTiles, kMTiles, kStages, kResident) ? 2 : 1)
     skinny_gemm(const __grid_constant__ SkinnyParams p) {
     using Slice = SliceOf<kFormat, kParts>;
-    constexpr bool kGrouped = kScaling == Scaling::kGroups, kFine = kScaling == Scaling::kFine;
-    constexpr bool kHasScales = kGrouped || kFine;  // in shared memory
-    constexpr bool kHasZero = kGrouped && kFormat != Format::kFp8;
-    static_assert(kNorm || !kResident, "what is read once need not stay");
-    static_assert(!kGrouped || kParts == 1, "a group's scale meets the sum of a whole slice");
+    constexpr bool kFine = kScaling == Scaling::kFine, kHasScales = kFine || kScaling == Scaling::kGroups;
+    static_assert((kNorm && kFormat == Format::kBf16) || !kResident, "what is read once need not stay");
     extern __shared__ __align__(128) unsigned char shared[];
     constexpr int kColumns = reduce_columns(kNTiles);
     constexpr int kRounds = kNTiles * 8 / kColumns;
@@ -151,12 +157,10 @@ __global__ void __launch_bounds__(kSkinnyThreads, kNTiles <= 2 && kMTiles <= 3 &
         }
     }
     if constexpr (kNorm) {
-        constexpr bool kIsFp8 = kFormat == Format::kFp8 && !kFine;
         if (p.has_fresh_norm) wait_for_previous_grids();
-        for (int i = threadIdx.x; i < norm_bytes(kNorm, p.k) / 16; i += kSkinnyThreads) {
-            uint4 w = i < p.k / 8 ? __ldg(reinterpret_cast<const uint4*>(p.norm_weight) + i) : make_uint4(0, 0, 0, 0);
-            store_shared(norm + i * 16, kIsFp8 ? multiply_pairs(w, kFp8XScalePair) : w);
-        }
+        for (int i = threadIdx.x; i < norm_bytes(kNorm, p.k) / 16; i += kSkinnyThreads)
+            store_shared(norm + i * 16,
+                         i < p.k / 8 ? __ldg(reinterpret_cast<const uint4*>(p.norm_weight) + i) : make_uint4(0, 0, 0, 0));
         __syncthreads();
     }
     wait_for_previous_grids();
@@ -176,13 +180,6 @@ __global__ void __launch_bounds__(kSkinnyThreads, kNTiles <= 2 && kMTiles <= 3 &
     const int units_of_tile = is_pairs ? 8 : 16;
     const int my_unit = threadIdx.x & (units_of_tile - 1), my_column = static_cast<int>(threadIdx.x) / units_of_tile;
     const bool i_store = my_column < kColumns && my_unit < p.tile_units;
-    // Chunks of a lane in a half of a line, of weights (rows g and g + 8 alike) and of x.
-    const auto weight_at = [&](int half) {
-        return static_cast<uint32_t>(g * Slice::kLineBytes + (Slice::weight_chunk(g, t + 4 * half) << 4));
-    };
-    const auto x_in = [&](int half, int vector) {
-        return static_cast<uint32_t>(g * Slice::kXBytes + (Slice::x_chunk(g, (t + 4 * half) * Slice::kXVectors + vector) << 4));
-    };
     float square_sum[kNTiles];
 #pragma unroll
     for (int n = 0; n < kNTiles; ++n) square_sum[n] = 0.f;
@@ -220,108 +217,14 @@ __global__ void __launch_bounds__(kSkinnyThreads, kNTiles <= 2 && kMTiles <= 3 &
             wait_copies<kStages - 1>();
             __syncwarp();
             if (turn < my_turns) {
-                const int first_k = bytes_before(turn) * 8 / Slice::kBits + warp * Slice::kSliceK;
-                [[maybe_unused]] float part[kGrouped ? kMTiles : 1][kNTiles][4] = {}, sum_x[kNTiles][4] = {};
-                // Straight-line code for as many halves as registers hold x of, so that loads and products overlap.
-                constexpr int kAtOnce = kNTiles <= 2 ? Slice::kHalves : 1, kVectors = kAtOnce * Slice::kXVectors;
-#pragma unroll
-                for (int halves = 0; halves < Slice::kHalves; halves += kAtOnce) {
-                    const auto vector_at = [&](int n, int v) {
-                        return x_of(stage, turn) + n * 8 * Slice::kXBytes + x_in(halves + v / Slice::kXVectors, v % Slice::kXVectors);
-                    };
-                    uint4 x[kNTiles][kVectors];
-#pragma unroll
-                    for (int n = 0; n < kNTiles; ++n)
-#pragma unroll
-                        for (int v = 0; v < kVectors; ++v) x[n][v] = load_shared(vector_at(n, v));
-                    if (kNorm && group == 0) {
-#pragma unroll
-                        for (int n = 0; n < kNTiles; ++n)
-#pragma unroll
-                            for (int v = 0; v < kVectors; ++v) square_sum[n] = add_squares(square_sum[n], x[n][v]);
-                    }
-                    if (!kResident || group == 0) {
-#pragma unroll
-                        for (int v = 0; v < kVectors; ++v) {
-                            uint4 weight;
-                            if constexpr (kNorm) {
-                                const int chunk = t + 4 * (halves + v / Slice::kXVectors);
-                                weight = load_shared(norm + (first_k + chunk * Slice::kLaneK + v % Slice::kXVectors * 8) * 2);
-                            }
-#pragma unroll
-                            for (int n = 0; n < kNTiles; ++n) {
-                                if constexpr (kNorm)
-                                    x[n][v] = multiply_pairs(x[n][v], weight);
-                                else if constexpr (kFormat == Format::kFp8 && !kFine)
-                                    x[n][v] = multiply_pairs(x[n][v], kFp8XScalePair);
-                                x[n][v] = in_order<kFormat>(x[n][v]);
-                                if constexpr (kResident) store_shared_if(n * 8 + g < p.rows, vector_at(n, v), x[n][v]);
-                            }
-                        }
-                    }
-                    if constexpr (kHasZero) {
-#pragma unroll
-                        for (int s = 0; s < 2 * kVectors; ++s)
-#pragma unroll
-                            for (int n = 0; n < kNTiles; ++n) {
-                                const uint2 b = pair_of_pairs(x[n], s);
-                                mma_bf16(sum_x[n], kOnes, kOnes, kOnes, kOnes, b.x, b.y);
-                            }
-                    }
-#pragma unroll
-                    for (int i = 0; i < kAtOnce; ++i)
-#pragma unroll
-                        for (int m = 0; m < kMTiles; ++m) {
-                            const uint32_t from = stage + m * Slice::kTileBytes + weight_at(halves + i);
-                            const uint4 low = load_shared(from), high = load_shared(from + 8 * Slice::kLineBytes);
-                            const uint32_t lows[4] = {low.x, low.y, low.z, low.w}, highs[4] = {high.x, high.y, high.z, high.w};
-                            float(&d)[kNTiles][4] = kGrouped ? part[kGrouped ? m : 0] : sum[m];
-                            if constexpr (kFormat == Format::kBf16) {
-#pragma unroll
-                                for (int s = 0; s < 2; ++s)
-#pragma unroll
-                                    for (int n = 0; n < kNTiles; ++n) {
-                                        const uint2 b = pair_of_pairs(x[n], i * Slice::kSteps + s);
-                                        mma_bf16(d[n], lows[2 * s], highs[2 * s], lows[2 * s + 1], highs[2 * s + 1], b.x, b.y);
-                                    }
-                            } else {
-                                constexpr int kStepsOfWord = Slice::kSteps / 4;
-#pragma unroll
-                                for (int word = 0; word < 4; ++word) {
-                                    Pairs<kFormat> a(lows[word]), b(highs[word]);
-                                    if constexpr (kFine) {
-                                        const int k = first_k + (t + 4 * (halves + i)) * Slice::kLaneK + word * Slice::kLaneK / 4;
-                                        const int at = k >> p.group_shift;
-                                        a.scale(scale_rows.scale(m, 0, at), scale_rows.zero(m, 0, at));
-                                        b.scale(scale_rows.scale(m, 1, at), scale_rows.zero(m, 1, at));
-                                    }
-#pragma unroll
-                                    for (int s = 0; s < kStepsOfWord; ++s)
-#pragma unroll
-                                        for (int n = 0; n < kNTiles; ++n) {
-                                            const uint2 c = pair_of_pairs(x[n], i * Slice::kSteps + word * kStepsOfWord + s);
-                                            mma_bf16(d[n], a.pair[2 * s], b.pair[2 * s], a.pair[2 * s + 1], b.pair[2 * s + 1], c.x, c.y);
-                                        }
-                                }
-                            }
-                        }
-                }
-                if constexpr (kGrouped) {
-                    const int at = first_k >> p.group_shift;
-#pragma unroll
-                    for (int m = 0; m < kMTiles; ++m) {
-#pragma unroll
-                        for (int h = 0; h < 2; ++h) {
-                            const float factor = scale_rows.scale(m, h, at) * (kFormat == Format::kFp8 ? kFp8SumScale : 1.f);
-                            const float zero = kHasZero ? scale_rows.zero(m, h, at) : 0.f;
-#pragma unroll
-                            for (int n = 0; n < kNTiles; ++n)
-#pragma unroll
-                                for (int i = 2 * h; i < 2 * h + 2; ++i)
-                                    sum[m][n][i] = fmaf(factor, fmaf(-zero, kHasZero ? sum_x[n][i] : 0.f, part[m][n][i]), sum[m][n][i]);
-                        }
-                    }
-                }
+                const Turn now = {stage, x_of(stage, turn), norm, bytes_before(turn) * 8 / Slice::kBits + warp * Slice::kSliceK, g, t,
+                                  group == 0};
+                if constexpr (kFormat == Format::kBf16)
+                    multiply_bf16<Slice, kNorm, kResident>(p, now, square_sum, sum);
+                else if constexpr (kFine)
+                    multiply_fine<kFormat, Slice, kNorm>(p, now, scale_rows, square_sum, sum);
+                else
+                    multiply_quantized<kFormat, kScaling, Slice, kNorm>(p, now, scale_rows, square_sum, sum);
             }
             __syncwarp();
             if (load_group < num_groups) {

@@ -30,8 +30,8 @@ int32_t choose(const QwenRtCall& call, const Device& device, const SkinnyGrid& g
         QWEN_RT_TRY(false, 1, 3, 6, 1);
         QWEN_RT_TRY(false, 1, 6, 4, 1);
         QWEN_RT_TRY(false, 1, 2, 4, 1);
+        QWEN_RT_TRY(false, 1, 5, 5, 1);
     } else if (p.rows <= 16) {
-        QWEN_RT_TRY_RESIDENT(tiles > 3, 2, 4, 3, 1);
         QWEN_RT_TRY(tiles > 3, 2, 4, 3, 1);
         QWEN_RT_TRY(tiles > 1, 2, 2, 4, 1);
         QWEN_RT_TRY(true, 2, 1, 4, 1);

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "launch.cuh"
-#include "skinny_format.cuh"
+#include "dequantize.cuh"
 
 namespace qwen_rt {
 
@@ -38,7 +38,6 @@ struct SkinnyParams {
 constexpr int kWarps = 8;
 constexpr int kSkinnyThreads = kWarps * 32;
 constexpr int kReduceStride = 20;            // floats: 16 sums of a column, padded
-constexpr uint32_t kOnes = 0x3f803f80u;      // bf16
 
 // Columns (activation rows) whose sums are added up together.
 __host__ __device__ constexpr int reduce_columns(int n_tiles) { return n_tiles == 1 ? 8 : 16; }
@@ -167,14 +166,7 @@ struct ScaleRows {
 
     __device__ __forceinline__ float scale(int m, int h, int group) const { return scale_at<kFormat>(scales[m][h], group); }
 
-    // What stands for zero, in the numbers of `Pairs`.
-    __device__ __forceinline__ float zero(int m, int h, int group) const {
-        if constexpr (kFormat == Format::kInt4) {
-            if (zeros[m][h] == nullptr) return kInt4Bias + 8.f;
-            return kInt4Bias + static_cast<float>(zeros[m][h][group >> 1] >> (group & 1) * 4 & 15);
-        }
-        return zeros[m][h] == nullptr ? 0.f : static_cast<float>(static_cast<signed char>(zeros[m][h][group]));
-    }
+    __device__ __forceinline__ int zero(int m, int h, int group) const { return zero_at<kFormat>(zeros[m][h], group); }
 };
 
 // ---------------------------------------------------------------- the end of a sum
@@ -193,10 +185,9 @@ struct Addends {
             const int unit = u.first + (is_mine ? unit_in_group : 0);
             const TileRow at = row_of_unit(p, unit, is_mine);
             if constexpr (kRowScales) {
-                constexpr float kFactor = kFormat == Format::kFp8 ? kFp8SumScale : 1.f;
                 scale[m] = second[m] = 0.f;
-                if (is_mine) scale[m] = scale_at<kFormat>(p.scale[at.matrix], at.row) * kFactor;
-                if (is_mine && p.epilogue == Epilogue::kSiluGate) second[m] = scale_at<kFormat>(p.scale[1], at.row) * kFactor;
+                if (is_mine) scale[m] = scale_at<kFormat>(p.scale[at.matrix], at.row);
+                if (is_mine && p.epilogue == Epilogue::kSiluGate) second[m] = scale_at<kFormat>(p.scale[1], at.row);
             }
             const float bias = is_mine && p.epilogue == Epilogue::kBias && p.bias[at.matrix] != nullptr
                                    ? __bfloat162float(p.bias[at.matrix][at.row])
@@ -236,13 +227,6 @@ __device__ __forceinline__ float add_squares(float sum, uint4 v) {
         sum = fmaf(f.y, f.y, sum);
     }
     return sum;
-}
-
-// The two registers of B for step `step` of a lane's 16 bytes of weights.
-template <int kVectors>
-__device__ __forceinline__ uint2 pair_of_pairs(const uint4 (&x)[kVectors], int step) {
-    const uint4& v = x[step >> 1];
-    return step & 1 ? make_uint2(v.z, v.w) : make_uint2(v.x, v.y);
 }
 
 }  // namespace qwen_rt

@@ -40,7 +40,7 @@ __global__ void embed_kernel(const int64_t* ids, const unsigned char* table, con
             to[i] = is_valid ? __ldg(reinterpret_cast<const uint4*>(from) + i) : nan;
         } else {
             const float factor = __ldg(scale + (is_valid ? id : 0) * groups + i * 8 / (hidden / groups));
-            to[i] = is_valid ? dequantize_eight<kFormat>(from, i, factor, 0.f) : nan;
+            to[i] = is_valid ? dequantize_eight<kFormat>(from, i, factor, 0) : nan;
         }
     }
 }
