@@ -23,7 +23,7 @@ matrices, and of every layer the statistics that are returned.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,18 +72,6 @@ class Calibration:
     ranges: list[dict[str, Any]]
     report: dict[str, Any]
     hidden: tuple[F32, ...]
-
-    def activations(self, rows: RowSource, spec: ModelSpec) -> Callable[[int], F32]:
-        """Layer → inputs of its q, k and v as float32 [n, C], by the norms of `rows`, edited or not."""
-
-        def of_layer(layer: int) -> F32:
-            weight = rows.rows(f"model.layers.{layer}.input_layernorm.weight", 0, spec.hidden_size)
-            hidden = self.hidden[layer]
-            size = np.sqrt(np.mean(np.square(hidden, dtype=np.float64), -1, keepdims=True) + spec.rms_norm_eps)
-            normed: F32 = (hidden / size * weight).astype(np.float32)
-            return normed
-
-        return of_layer
 
 
 def calibrate(

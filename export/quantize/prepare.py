@@ -18,8 +18,9 @@ from qwen_rt.export.quantize.calibrate import calibrate
 from qwen_rt.export.quantize.forward import UNITS, matrix_names
 from qwen_rt.export.quantize.gate_text import file_tokens, gate_tokens
 from qwen_rt.export.quantize.kv import KvPlan, choose_kv_offsets
+from qwen_rt.export.quantize.mixed import choose_mixed
 from qwen_rt.export.quantize.pieces import EditedRows, MatrixEdit, quantized_piece, stored_piece, vector_piece
-from qwen_rt.export.quantize.plan import SchemeOptions, base_scheme, layer_matrices, plan_schemes
+from qwen_rt.export.quantize.plan import SchemeOptions, layer_matrices, plan_schemes
 from qwen_rt.export.settings import FROM_CHECKPOINT, QuantizeOptions
 from qwen_rt.export.weights import Piece, float_piece
 from qwen_rt.quantization import FORMATS, Scheme, part_name
@@ -108,12 +109,12 @@ def prepare(
         )
         schemes = plan_schemes(spec, wanted)
         if options.size_budget is not None:
-            base = base_scheme(precision, options.group_size, options.symmetric)
-            from qwen_rt.export.quantize.mixed import choose_mixed
-
             tokens, _ = gate_tokens(checkpoint.path, spec)
-            mixed = choose_mixed(rows, spec, tokens, base, schemes, options.size_budget, quiet=quiet)
-            schemes = {name: scheme for name, scheme in mixed.schemes.items() if scheme is not None}
+            base, head = schemes[layer_matrices(spec)[0]], schemes.get(HEAD)
+            mixed = choose_mixed(rows, spec, [tokens], base, options.size_budget, head_scheme=head, quiet=quiet)
+            schemes |= {name: scheme for name, scheme in mixed.schemes.items() if scheme is not None}
+            for name in [name for name, scheme in mixed.schemes.items() if scheme is None]:
+                del schemes[name]
             report["mixed"] = mixed.report
     edits: dict[str, MatrixEdit] = {}
     vectors: dict[str, NDArray[np.float32]] = {}

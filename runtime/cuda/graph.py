@@ -9,20 +9,28 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from qwen_rt import tensors
 from qwen_rt.errors import BundleError, GraphError, MissingDependencyError, QwenRtError
-from qwen_rt.runtime.cuda.weights import ExternalWeight
+from qwen_rt.runtime.cuda.weights import (
+    BF16,
+    FLOAT,
+    FLOAT8,
+    FLOAT16,
+    INT8,
+    INT32,
+    ITEM_BYTES,
+    UINT8,
+    ExternalWeight,
+    WeightTensor,
+)
 
 __all__ = [
-    "BF16",
-    "FLOAT",
-    "INT32",
     "INT64",
-    "UINT8",
     "GraphRunner",
     "OrtRunner",
     "bind_cache",
@@ -30,7 +38,16 @@ __all__ = [
     "split_weights",
 ]
 
-FLOAT, UINT8, INT32, INT64, BF16 = 1, 2, 6, 7, 16  # onnx.TensorProto.DataType
+INT64 = 7  # onnx.TensorProto.DataType
+
+_PARTS = {
+    "_scale": (FLOAT, FLOAT16),
+    "_zero_point": (INT8, UINT8),
+    "_perm": (INT32,),
+    ".kv_offset": (FLOAT,),
+    "": (BF16, FLOAT8, INT8, UINT8),
+}
+"""How a weight's name ends → element types that it may have; the first that fits counts."""
 
 _ERRORS = 3  # ONNX Runtime's severity
 _PROVIDER = "CUDAExecutionProvider"
@@ -56,7 +73,7 @@ def split_weights(graph: bytes, num_layers: int) -> tuple[bytes, list[ExternalWe
         The changed model, and the weights in the order of the graph.
 
     Raises:
-        GraphError: No ONNX model, no graph of target `cuda`, or a weight that is not bf16.
+        GraphError: No ONNX model, no graph of target `cuda`, or a weight of a type that no kernel takes.
     """
     import onnx  # here: importing it takes longer than many a caller needs
 
@@ -73,11 +90,13 @@ def split_weights(graph: bytes, num_layers: int) -> tuple[bytes, list[ExternalWe
         if initializer.data_location != onnx.TensorProto.EXTERNAL:
             inline.append(initializer)
             continue
-        if initializer.data_type != BF16:
-            kind = onnx.TensorProto.DataType.Name(initializer.data_type)
-            raise GraphError(f"{initializer.name} is {kind}", "BFLOAT16", "build it with --precision bf16")
+        name, kind = initializer.name, initializer.data_type
+        allowed = next(types for ending, types in _PARTS.items() if name.endswith(ending))
+        if kind not in allowed:
+            label = onnx.TensorProto.DataType.Name
+            raise GraphError(f"{name} is {label(kind)}", " or ".join(map(label, allowed)), "build the bundle again")
         weights.append(_weight(initializer))
-        model.graph.input.append(onnx.helper.make_tensor_value_info(initializer.name, BF16, list(initializer.dims)))
+        model.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, list(initializer.dims)))
     del model.graph.initializer[:]
     model.graph.initializer.extend(inline)
     return model.SerializeToString(), weights
@@ -92,9 +111,7 @@ def _require(kind: str, found: set[str], wanted: Sequence[str]) -> None:
 def _weight(initializer: Any) -> ExternalWeight:
     entries = {entry.key: entry.value for entry in initializer.external_data}
     shape = tuple(initializer.dims)
-    nbytes = 2
-    for size in shape:
-        nbytes *= size
+    nbytes = ITEM_BYTES[initializer.data_type] * math.prod(shape)
     try:
         location, offset = entries["location"], int(entries.get("offset", "0"))
         length = int(entries.get("length", str(nbytes)))
@@ -102,7 +119,7 @@ def _weight(initializer: Any) -> ExternalWeight:
         raise GraphError(f"{initializer.name}: broken reference", "location, offset, length", "build again") from None
     if offset < 0:
         raise GraphError(f"{initializer.name}: offset={offset}", "0 or more", "build the bundle again")
-    return ExternalWeight(initializer.name, shape, location, offset, length)
+    return ExternalWeight(initializer.name, shape, location, offset, length, initializer.data_type)
 
 
 class GraphRunner(Protocol):
@@ -215,18 +232,18 @@ class OrtRunner:
         gc.collect()  # the arena is the device's again before the next session looks at what is free
 
 
-def bind_model(
-    runner: GraphRunner, weights: Mapping[str, tuple[tuple[int, ...], int]], workspace: tuple[int, int]
-) -> None:
+def bind_model(runner: GraphRunner, weights: Sequence[WeightTensor], base: int, workspace: tuple[int, int]) -> None:
     """Bind what stays the same in every call.
 
     Args:
         runner: The loaded graph.
-        weights: Name → (shape, address).
+        weights: All of them.
+        base: Device address that their offsets count from.
         workspace: Its address and bytes.
     """
-    for name, (shape, address) in weights.items():
-        runner.bind_input(name, BF16, shape, address)
+    for tensor in weights:
+        source = tensor.source
+        runner.bind_input(source.name, source.element_type, source.shape, base + tensor.address_offset)
     runner.bind_input(tensors.WORKSPACE, UINT8, (workspace[1],), workspace[0])
 
 

@@ -150,7 +150,8 @@ class DeviceModel:
         prefill = row_layout(1, settings.chunk_tokens, self.max_blocks)
         logits_bytes = align(settings.max_rows * spec.vocab_size * _LOGIT_BYTES)
         buffer_bytes = decode.nbytes + prefill.nbytes + logits_bytes
-        graph_bytes = graph_workspace(library, spec, settings.max_rows, settings.chunk_tokens, self.max_blocks)
+        groups = {weight.shape[1] for weight in external if weight.name.endswith("_scale")}
+        graph_bytes = graph_workspace(library, spec, settings.max_rows, settings.chunk_tokens, self.max_blocks, groups)
         sample_bytes = sample_workspace(library, settings.max_rows, spec.vocab_size, settings.max_rows + 1)
         self._require(plan.nbytes, graph_bytes + sample_bytes, buffer_bytes)
 
@@ -171,8 +172,7 @@ class DeviceModel:
         )
         with measured(cuda, self._add_runtime):
             self._runner = runner = platform.open_graph(changed, library.path, settings.device, stream)
-        bound = {t.source.name: (t.source.shape, weights + t.address_offset) for t in plan.tensors}
-        bind_model(runner, bound, (workspace, graph_bytes))
+        bind_model(runner, plan.tensors, weights, (workspace, graph_bytes))
         self.calls = ModelCalls(runner, self._logits, spec.vocab_size)
         self.graphs = StepGraphs(cuda, self.resources, stream, self.enqueue_step, self._add_runtime)
         self._warm_up(runner)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from qwen_rt import tensors
@@ -11,9 +11,10 @@ from qwen_rt.errors import QwenRtError
 from qwen_rt.ops import BLOCK_SIZE, COUNTER_BYTES, MAX_ROWS, OPS
 from qwen_rt.plugins.library import PluginLibrary
 from qwen_rt.runtime.cuda.cudart import Cudart
-from qwen_rt.runtime.cuda.graph import FLOAT, INT32, INT64, GraphRunner
+from qwen_rt.runtime.cuda.graph import INT64, GraphRunner
 from qwen_rt.runtime.cuda.memory import Resources, align, measured
 from qwen_rt.runtime.cuda.sampling import RowBuffers, SamplePlan
+from qwen_rt.runtime.cuda.weights import FLOAT, INT32
 from qwen_rt.spec import ModelSpec
 
 __all__ = [
@@ -60,7 +61,14 @@ def width_of(num_blocks: int, max_blocks: int) -> int:
     return next(width for width in widths_up_to(max_blocks) if width >= num_blocks)
 
 
-def graph_workspace(library: PluginLibrary, spec: ModelSpec, max_rows: int, chunk_tokens: int, max_blocks: int) -> int:
+def graph_workspace(
+    library: PluginLibrary,
+    spec: ModelSpec,
+    max_rows: int,
+    chunk_tokens: int,
+    max_blocks: int,
+    groups: Collection[int] = (),
+) -> int:
     """Return the workspace that serves every op of the graph in every call: the largest that any wants.
 
     Args:
@@ -69,6 +77,7 @@ def graph_workspace(library: PluginLibrary, spec: ModelSpec, max_rows: int, chun
         max_rows: Most rows of a decode step.
         chunk_tokens: Most tokens of a prefill.
         max_blocks: Width of a block table.
+        groups: Scales that a row of a quantized matrix has, all that occur.
     """
     q_width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     known = {
@@ -86,12 +95,15 @@ def graph_workspace(library: PluginLibrary, spec: ModelSpec, max_rows: int, chun
     }
     prefills = {*range(1, chunk_tokens + 1, max(1, chunk_tokens // _SIZES_TRIED)), chunk_tokens}
     calls = [(rows, rows) for rows in range(1, max_rows + 1)] + [(rows, 1) for rows in sorted(prefills)]
+    # What an op wants depends on whether a row has no scale, one, or several.
+    kinds = (0, *sorted({min(count, 2) for count in groups}))
     needed = COUNTER_BYTES
     for op in OPS:
         if op.has_workspace and op.name != "sample":
             for rows, sequences in calls:
-                values = known | {"rows": rows, "sequences": sequences}
-                needed = max(needed, library.workspace_bytes(op.name, [values[dim] for dim in op.dims]))
+                for count in kinds if "groups" in op.dims else (0,):
+                    values = known | {"rows": rows, "sequences": sequences, "groups": count}
+                    needed = max(needed, library.workspace_bytes(op.name, [values[dim] for dim in op.dims]))
     return align(needed)
 
 

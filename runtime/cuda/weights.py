@@ -1,13 +1,14 @@
 """Where every weight lies on the device, and the loaders that put it there.
 
 All weights share one allocation, each `ALIGNMENT`-aligned. The q, k and v matrices of a layer lie behind each other
-without a gap where their sizes allow, and so do the q, k and v biases, and gate and up: a prefill multiplies by such a
-group in one go.
+without a gap where their sizes allow, and so do the q, k and v biases, and gate and up, and the scales and zero points
+of each: a prefill multiplies by such a group in one go.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import queue
 import re
@@ -17,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,14 @@ from qwen_rt.runtime.cuda.cudart import Cudart
 from qwen_rt.runtime.cuda.memory import Pinned, Resources, align
 
 __all__ = [
+    "BF16",
+    "FLOAT",
+    "FLOAT8",
+    "FLOAT16",
+    "INT8",
+    "INT32",
+    "ITEM_BYTES",
+    "UINT8",
     "ExternalWeight",
     "FileWeights",
     "LoadStats",
@@ -39,9 +48,16 @@ __all__ = [
     "to_bf16",
 ]
 
+FLOAT, UINT8, INT8, INT32, FLOAT16, BF16, FLOAT8 = 1, 2, 3, 6, 10, 16, 17  # onnx.TensorProto.DataType
+
+ITEM_BYTES = {FLOAT: 4, UINT8: 1, INT8: 1, INT32: 4, FLOAT16: 2, BF16: 2, FLOAT8: 1}
+"""Element type of a weight → bytes of an element."""
+
 _GROUPS = {"q": ("qkv", 0), "k": ("qkv", 1), "v": ("qkv", 2), "gate": ("gate_up", 0), "up": ("gate_up", 1)}
 _MEMBER = re.compile(r"\.(q|k|v|gate|up)_proj\.")
-_BF16_BYTES = 2
+_SPREADS = {FLOAT8: 120.0, INT8: 36.0, UINT8: 4.6}
+"""Element type of a quantized matrix → deviation of its random numbers; those of int4 are uniform from 0 to 15."""
+_STD = 0.02
 
 
 @dataclass(frozen=True)
@@ -50,10 +66,11 @@ class ExternalWeight:
 
     Attributes:
         name: As Hugging Face calls it.
-        shape: Its shape; bf16.
+        shape: Its shape.
         location: The file's name in the graph.
         offset: First byte in the file.
         nbytes: Its size.
+        element_type: As ONNX numbers it, a key of `ITEM_BYTES`.
     """
 
     name: str
@@ -61,6 +78,7 @@ class ExternalWeight:
     location: str
     offset: int
     nbytes: int
+    element_type: int = BF16
 
 
 @dataclass(frozen=True)
@@ -106,8 +124,11 @@ def plan_weights(weights: Sequence[ExternalWeight]) -> WeightPlan:
     first_of_group: dict[str, int] = {}
     keyed = []
     for index, weight in enumerate(weights):
-        if weight.nbytes != _BF16_BYTES * int(np.prod(weight.shape)):
-            raise GraphError(f"{weight.name} has {weight.nbytes} bytes", f"bf16{list(weight.shape)}", "build again")
+        expected = ITEM_BYTES[weight.element_type] * math.prod(weight.shape)
+        if weight.nbytes != expected:
+            raise GraphError(
+                f"{weight.name} has {weight.nbytes} bytes", f"{expected}, those of {list(weight.shape)}", "build again"
+            )
         group, rank = weight.name, 0
         if member := _MEMBER.search(weight.name):
             stem, rank = _GROUPS[member[1]]
@@ -289,9 +310,10 @@ def _read(descriptor: int, memory: memoryview, offset: int, source: ExternalWeig
 
 
 class RandomWeights:
-    """Weights for benchmarks that need no checkpoint: matrices of normal numbers, made on the device.
+    """Weights for benchmarks that need no checkpoint, made on the device.
 
-    Activations stay finite and of ordinary size: std 0.02 for matrices, 1 ± 0.1 for norms, ± 0.02 for biases.
+    Activations stay finite and of ordinary size: matrices stand for numbers of std 0.02, quantized or not; norms are
+    1 ± 0.1, biases ± 0.02, offsets of keys and values 0, column orders those of the model.
 
     Args:
         library: Path of the plugin library, whose generator is used.
@@ -307,11 +329,19 @@ class RandomWeights:
                 f"{library.name} has no random weights: {error}", "", "run `python -m qwen_rt.plugins.build`"
             ) from None
         self._fill.restype = ctypes.c_int32
-        self._fill.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_uint64, ctypes.c_void_p)
+        self._fill.argtypes = (
+            ctypes.c_void_p,
+            ctypes.c_int64,
+            ctypes.c_int32,
+            ctypes.c_float,
+            ctypes.c_uint64,
+            ctypes.c_void_p,
+        )
 
     def fill(self, plan: WeightPlan, base: int, cuda: Cudart, device: int, *, quiet: bool) -> LoadStats:
         """Make the weights; see `WeightSource.fill`."""
         started = time.perf_counter()
+        types = {tensor.source.name: tensor.source.element_type for tensor in plan.tensors}
         vectors = [tensor for tensor in plan.tensors if len(tensor.source.shape) == 1]
         resources = Resources(cuda)
         try:
@@ -319,19 +349,39 @@ class RandomWeights:
             staging = resources.pinned(sum(align(tensor.source.nbytes) for tensor in vectors))
             at = 0
             for index, tensor in enumerate(plan.tensors):
-                target, count = base + tensor.address_offset, tensor.source.nbytes // _BF16_BYTES
-                if len(tensor.source.shape) == 1:
-                    numbers = np.random.default_rng([self._seed, index]).standard_normal(count, np.float32)
-                    values = 0.02 * numbers if tensor.source.name.endswith("bias") else 1 + 0.1 * numbers
-                    staging.array(np.uint16, (count,), at)[:] = to_bf16(values.astype(np.float32))
-                    cuda.copy(target, staging.host + at, tensor.source.nbytes, stream)
-                    at += align(tensor.source.nbytes)
-                elif status := self._fill(target, count, 0.02, (self._seed << 32) + index, stream):
-                    raise QwenRtError(f"qwen_rt_fill_random of {tensor.source.name}: status {status}")
+                source, target = tensor.source, base + tensor.address_offset
+                if len(source.shape) == 1:
+                    staging.array(np.uint8, (source.nbytes,), at)[:] = self._vector(source, index).view(np.uint8)
+                    cuda.copy(target, staging.host + at, source.nbytes, stream)
+                    at += align(source.nbytes)
+                elif source.name.endswith(("_zero_point", "kv_offset")):
+                    cuda.fill(target, 0x88 if source.element_type == UINT8 else 0, source.nbytes, stream)
+                else:
+                    size, seed = _size(source, types), (self._seed << 32) + index
+                    count = math.prod(source.shape)
+                    if status := self._fill(target, count, source.element_type, size, seed, stream):
+                        raise QwenRtError(f"qwen_rt_fill_random of {source.name}: status {status}")
             cuda.stream_synchronize(stream)
         finally:
             resources.close()
         return LoadStats(sum(tensor.source.nbytes for tensor in plan.tensors), time.perf_counter() - started)
+
+    def _vector(self, source: ExternalWeight, index: int) -> NDArray[Any]:
+        """A norm's weights, a bias or a column order."""
+        (count,) = source.shape
+        if source.element_type == INT32:
+            return np.arange(count, dtype=np.int32)
+        numbers = np.random.default_rng([self._seed, index]).standard_normal(count, np.float32)
+        values = _STD * numbers if source.name.endswith("bias") else 1 + 0.1 * numbers
+        return to_bf16(values.astype(np.float32))
+
+
+def _size(source: ExternalWeight, types: Mapping[str, int]) -> float:
+    """Deviation of a random matrix's stored numbers, or what the scales of one are around."""
+    matrix = source.name.removesuffix("_scale")
+    if matrix != source.name:
+        return _STD / _SPREADS[types.get(matrix, UINT8)]
+    return _SPREADS.get(source.element_type, _STD)
 
 
 def to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:

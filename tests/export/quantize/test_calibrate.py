@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from qwen_rt.checkpoint import Checkpoint
 from qwen_rt.errors import CheckpointError, UsageError
 from qwen_rt.export.quantize import balance
+from qwen_rt.export.quantize import calibrate as calibrate_module
 from qwen_rt.export.quantize.balance import Limits, UnitInputs, choose_balance, sample_rows
 from qwen_rt.export.quantize.calibrate import Calibration, calibrate
 from qwen_rt.export.quantize.forward import UNITS, Forward, matrix_names, multiply
@@ -299,27 +300,20 @@ def test_equal_arguments_give_equal_calibrations_and_reports_are_json(zoo: Zoo) 
     assert 1 / 16 <= unit["smallest_factor"] <= 1 <= unit["largest_factor"] <= 16
 
 
-def test_layer_inputs_for_whoever_chooses_offsets(zoo: Zoo) -> None:
-    """`activations` are what q, k and v get, of the source and of the edited model."""
+def test_layer_inputs_for_whoever_chooses_offsets(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, arrays = _loud(zoo.case("yarn"))
     rows, texts = ArrayRows(arrays), _texts(spec)
-    found = calibrate(rows, spec, texts, _schemes(spec, Scheme("int4", 32)))
+    found = calibrate(rows, spec, texts, _schemes(spec, Scheme("fp8")))
     assert len(found.hidden) == spec.num_layers
-    assert all(states.shape == (187, spec.hidden_size) for states in found.hidden)
-    edited = EditedRows(rows, found.edits, found.vectors)
+    forward = Forward(spec, rows)
+    states = [forward.embed(ids) for ids in texts]
     for layer in range(spec.num_layers):
-        inputs = []
-        for ids in texts:
-            forward = Forward(spec, rows)
-            hidden = forward.embed(ids)
-            for index in range(layer):
-                hidden = forward.run_layer(index, hidden)
-            inputs.append(forward.layer(layer, hidden).x)
-        plain = found.activations(rows, spec)(layer)
-        assert_close(plain, torch.cat(inputs).numpy(), relative=1e-5)
-        columns = found.edits[matrix_names(layer, "qkv")[0]].columns
-        assert columns is not None
-        assert_close(found.activations(edited, spec)(layer), plain / columns, relative=1e-6)
+        assert_close(found.hidden[layer], torch.cat(states).numpy(), relative=1e-5)
+        states = [forward.run_layer(layer, hidden) for hidden in states]
+    monkeypatch.setattr(calibrate_module, "_MAX_HIDDEN_BYTES", 50 * 4 * spec.num_layers * spec.hidden_size)
+    fewer = calibrate(rows, spec, texts, {})
+    assert [states.shape for states in fewer.hidden] == [(50, spec.hidden_size)] * spec.num_layers
+    assert np.array_equal(fewer.hidden[1][[0, -1]], found.hidden[1][[0, -1]])
 
 
 def test_refusals(zoo: Zoo) -> None:

@@ -187,9 +187,14 @@ const char* qwen_rt_build_info(void) { return FAKE_BUILD_INFO; }
 int64_t qwen_rt_workspace_bytes(const char* op, const int64_t* dims, int32_t num_dims) {
     return op && num_dims > 1 ? 65536 + 128 * dims[0] : -1;
 }
-int32_t qwen_rt_fill_random(uint16_t* out, int64_t count, float std, uint64_t seed, void* stream) {
-    for (int64_t i = 0; i < count; ++i) out[i] = (uint16_t)(seed + (uint64_t)i);
-    return stream && std > 0 ? 0 : 1;
+/* Numbers that count up from the seed, in as many bytes as the element type (of ONNX) has. */
+int32_t qwen_rt_fill_random(void* out, int64_t count, int32_t type, float size, uint64_t seed, void* stream) {
+    const int bytes = type == 1 ? 4 : type == 10 || type == 16 ? 2 : 1;
+    for (int64_t i = 0; i < count; ++i) {
+        const uint32_t number = (uint32_t)(seed + (uint64_t)i);
+        memcpy((char*)out + i * bytes, &number, bytes);
+    }
+    return stream && size > 0 ? 0 : 1;
 }
 int32_t qwen_rt_read_probe(void) { return 1; }
 

@@ -44,8 +44,51 @@ def test_graphs_of_other_kinds_are_refused(tmp_path: Path) -> None:
         split_weights(b"\xff\xff\xff", 2)
     with pytest.raises(GraphError, match=r"no input past_key_values\.2\.key"):
         split_weights(make_graph(SPEC), 3)
-    with pytest.raises(GraphError, match=r"is FLOAT16; expected BFLOAT16"):
+    with pytest.raises(GraphError, match=r"is FLOAT16; expected BFLOAT16 or FLOAT8E4M3FN or INT8 or UINT8"):
         split_weights(make_graph(SPEC, data_type=TensorProto.FLOAT16), 2)
+
+
+def external(name: str, data_type: int, *dims: int) -> TensorProto:
+    weight = TensorProto(name=name, data_type=data_type, dims=dims, data_location=TensorProto.EXTERNAL)
+    weight.external_data.add(key="location", value="none")
+    return weight
+
+
+def test_parts_of_quantized_matrices_keep_their_types() -> None:
+    model = onnx.ModelProto.FromString(make_graph(SPEC))
+    parts = {
+        "a.weight": (TensorProto.FLOAT8E4M3FN, (4, 8), 32),
+        "a.weight_scale": (TensorProto.FLOAT, (4, 1), 16),
+        "b.weight": (TensorProto.UINT8, (4, 4), 16),
+        "b.weight_scale": (TensorProto.FLOAT16, (4, 2), 16),
+        "b.weight_zero_point": (TensorProto.UINT8, (4, 1), 4),
+        "b.weight_perm": (TensorProto.INT32, (8,), 32),
+        "c.weight": (TensorProto.INT8, (4, 8), 32),
+        "d.kv_offset": (TensorProto.FLOAT, (1, 8), 32),
+    }
+    model.graph.initializer.extend(external(name, kind, *shape) for name, (kind, shape, _) in parts.items())
+    changed, weights = split_weights(model.SerializeToString(), SPEC.num_layers)
+    found = {weight.name: weight for weight in weights}
+    inputs = {value.name: value.type.tensor_type for value in onnx.ModelProto.FromString(changed).graph.input}
+    for name, (kind, shape, nbytes) in parts.items():
+        assert (found[name].element_type, found[name].shape, found[name].nbytes) == (kind, shape, nbytes)
+        assert inputs[name].elem_type == kind
+
+
+@pytest.mark.parametrize(
+    ("name", "data_type", "expected"),
+    [
+        ("a.weight", TensorProto.INT4, "INT4; expected BFLOAT16"),
+        ("a.weight_scale", TensorProto.BFLOAT16, "BFLOAT16; expected FLOAT or FLOAT16"),
+        ("a.weight_zero_point", TensorProto.FLOAT, "FLOAT; expected INT8 or UINT8"),
+        ("a.weight_perm", TensorProto.INT64, "INT64; expected INT32"),
+    ],
+)
+def test_types_that_no_kernel_takes_are_refused(name: str, data_type: int, expected: str) -> None:
+    model = onnx.ModelProto.FromString(make_graph(SPEC))
+    model.graph.initializer.append(external(name, data_type, 4, 8))
+    with pytest.raises(GraphError, match=f"{name} is {expected}"):
+        split_weights(model.SerializeToString(), SPEC.num_layers)
 
 
 @pytest.mark.parametrize(("key", "value"), [("offset", "-1"), ("offset", "x"), ("length", "x"), ("location", None)])

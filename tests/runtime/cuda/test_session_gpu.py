@@ -15,11 +15,12 @@ from qwen_rt.benchmarks.nano.heldout import load as load_problems
 from qwen_rt.bundle import Bundle
 from qwen_rt.errors import CapacityError, MissingDependencyError, QwenRtError
 from qwen_rt.plugins.library import PluginLibrary, load
+from qwen_rt.quantization import decode_fp8
 from qwen_rt.runtime.cuda.cudart import Cudart
 from qwen_rt.runtime.cuda.memory import Resources
 from qwen_rt.runtime.cuda.session import CudaSession
 from qwen_rt.runtime.cuda.steps import BUCKETS
-from qwen_rt.runtime.cuda.weights import RandomWeights
+from qwen_rt.runtime.cuda.weights import BF16, FLOAT, FLOAT8, FLOAT16, INT8, UINT8, RandomWeights
 from qwen_rt.runtime.executor import RowState
 from qwen_rt.runtime.llm import LLM
 from qwen_rt.runtime.sampler import SampleResult
@@ -230,7 +231,9 @@ def test_weights_load_from_the_page_cache(session: CudaSession) -> None:
 @pytest.mark.parametrize("count", [1, 2, 1_000_003, 20_000_000])
 def test_random_weights_are_normal_and_repeat(library: PluginLibrary, cuda: Cudart, count: int) -> None:
     fill = ctypes.CDLL(str(library.path)).qwen_rt_fill_random
-    fill.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_uint64, ctypes.c_void_p)
+    fill.argtypes = (
+        ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_uint64, ctypes.c_void_p
+    )  # fmt: skip
     resources = Resources(cuda)
     try:
         stream = resources.stream()
@@ -239,7 +242,7 @@ def test_random_weights_are_normal_and_repeat(library: PluginLibrary, cuda: Cuda
 
         def draw(seed: int, std: float = 0.02) -> np.ndarray:
             cuda.fill(device, 0xFF, 2 * count + 2, stream)
-            assert fill(device, count, std, seed, stream) == 0
+            assert fill(device, count, BF16, std, seed, stream) == 0
             cuda.copy(pinned.host, device, 2 * count + 2, stream)
             cuda.stream_synchronize(stream)
             assert pinned.array(np.uint16, (count + 1,))[count] == 0xFFFF, "written beyond the end"
@@ -258,8 +261,46 @@ def test_random_weights_are_normal_and_repeat(library: PluginLibrary, cuda: Cuda
         assert abs((scaled**4).mean() - 3) < 5 * np.sqrt(96 / count) + 2**-7
         assert abs(np.corrcoef(first, other)[0, 1]) < 5 / np.sqrt(count)
         assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 5 / np.sqrt(count)
-        assert fill(device, count, float("nan"), 1, stream) != 0
-        assert fill(device + 1, count, 0.1, 1, stream) != 0
+        assert fill(device, count, BF16, float("nan"), 1, stream) != 0
+        assert fill(device + 1, count, BF16, 0.1, 1, stream) != 0
+        assert fill(device, count, 11, 0.1, 1, stream) != 0, "no such element type"
+    finally:
+        resources.close()
+
+
+@pytest.mark.parametrize(
+    ("element_type", "dtype"), [(FLOAT, "<f4"), (FLOAT16, "<f2"), (FLOAT8, "u1"), (INT8, "i1"), (UINT8, "u1")]
+)
+def test_random_quantized_weights_are_whole(
+    library: PluginLibrary, cuda: Cudart, element_type: int, dtype: str
+) -> None:
+    fill = ctypes.CDLL(str(library.path)).qwen_rt_fill_random
+    fill.argtypes = (
+        ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_uint64, ctypes.c_void_p
+    )  # fmt: skip
+    count, size = 1_000_003, {FLOAT8: 120.0, INT8: 36.0}.get(element_type, 0.01)
+    nbytes = count * np.dtype(dtype).itemsize
+    resources = Resources(cuda)
+    try:
+        stream = resources.stream()
+        device, _ = resources.device(nbytes)
+        pinned = resources.pinned(nbytes)
+        assert fill(device, count, element_type, size, 5, stream) == 0
+        cuda.copy(pinned.host, device, nbytes, stream)
+        cuda.stream_synchronize(stream)
+        values = pinned.array(np.dtype(dtype), (count,))
+        if element_type == FLOAT8:
+            assert ((values & 0x7F) != 0x7F).all(), "NaN"
+            values = decode_fp8(values)
+        values = values.astype(np.float64)
+        if element_type in (FLOAT, FLOAT16):
+            assert (values > 0.69 * size).all()
+            assert (values < 1.31 * size).all()
+        elif element_type == UINT8:
+            assert np.array_equal(np.unique(values), np.arange(256))
+        else:
+            assert abs(values.mean()) < 0.01 * size
+            assert abs(values.std() / size - 1) < 0.02
     finally:
         resources.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +14,13 @@ from qwen_rt.errors import BundleError, GraphError, MissingDependencyError, Qwen
 from qwen_rt.runtime.cuda.graph import split_weights
 from qwen_rt.runtime.cuda.memory import ALIGNMENT, Resources
 from qwen_rt.runtime.cuda.weights import (
+    FLOAT,
+    FLOAT8,
+    FLOAT16,
+    INT8,
+    INT32,
+    ITEM_BYTES,
+    UINT8,
     ExternalWeight,
     FileWeights,
     LoadStats,
@@ -149,6 +157,59 @@ def test_random_weights_fill_every_tensor(gpu: FakeGpu) -> None:
         centre, width = (0, 0.02) if tensor.source.name.endswith("bias") else (1, 0.1)
         assert abs(values.mean() - centre) < width, tensor.source.name
         assert 0.3 * width < values.std() < 2 * width, tensor.source.name
+    resources.close()
+
+
+def quantized_plan() -> WeightPlan:
+    """q, k and v of one layer in int4, gate and up in fp8, and what belongs to them."""
+    weights = []
+    for name, rows in (("self_attn.q", 64), ("self_attn.k", 32), ("self_attn.v", 32)):
+        stem = f"model.layers.0.{name}_proj.weight"
+        parts = {"": (UINT8, (rows, 128)), "_scale": (FLOAT16, (rows, 8)), "_zero_point": (UINT8, (rows, 8))}
+        weights += [external(stem + part, *of) for part, of in parts.items()]
+        weights.append(external(f"{stem}_perm", INT32, (256,)))
+    for name in ("gate", "up"):
+        stem = f"model.layers.0.mlp.{name}_proj.weight"
+        weights += [external(stem, FLOAT8, (64, 256)), external(f"{stem}_scale", FLOAT, (64, 1))]
+    weights.append(external("model.layers.0.mlp.down_proj.weight", INT8, (256, 64)))
+    weights.append(external("model.layers.0.mlp.down_proj.weight_scale", FLOAT, (256, 1)))
+    weights.append(external("model.layers.0.self_attn.k_proj.kv_offset", FLOAT, (1, 16)))
+    return plan_weights(weights)
+
+
+def external(name: str, element_type: int, shape: tuple[int, ...]) -> ExternalWeight:
+    return ExternalWeight(name, shape, "file", 0, ITEM_BYTES[element_type] * math.prod(shape), element_type)
+
+
+def test_parts_of_quantized_matrices_lie_together() -> None:
+    places = {tensor.source.name: tensor for tensor in quantized_plan().tensors}
+    for stem, names, parts in (
+        ("model.layers.0.self_attn", "qkv", ("", "_scale", "_zero_point")),
+        ("model.layers.0.mlp", ("gate", "up"), ("", "_scale")),
+    ):
+        for part in parts:
+            members = [places[f"{stem}.{name}_proj.weight{part}"] for name in names]
+            for first, second in pairwise(members):
+                assert first.stop == second.address_offset, part
+
+
+def test_random_quantized_weights_are_whole(gpu: FakeGpu) -> None:
+    plan = quantized_plan()
+    resources = Resources(gpu.cuda)
+    base, _ = resources.device(plan.nbytes)
+    RandomWeights(gpu.path).fill(plan, base, gpu.cuda, 0, quiet=True)
+    for index, tensor in enumerate(plan.tensors):
+        data = np.frombuffer(ctypes.string_at(base + tensor.address_offset, tensor.source.nbytes), np.uint8)
+        if tensor.source.name.endswith("_perm"):
+            assert (data.view(np.int32) == np.arange(256)).all()
+        elif tensor.source.name.endswith(("_zero_point", "kv_offset")):
+            assert (data == (0x88 if tensor.source.element_type == UINT8 else 0)).all()
+        elif tensor.source.element_type == FLOAT:
+            assert (data.view(np.uint32) == index + np.arange(data.size // 4)).all()
+        elif tensor.source.element_type == FLOAT16:
+            assert (data.view(np.uint16) == index + np.arange(data.size // 2)).all()
+        else:
+            assert (data == (index + np.arange(data.size)) % 256).all()
     resources.close()
 
 
