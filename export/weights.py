@@ -152,10 +152,10 @@ def in_order(pool: Executor, tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
             future.cancel()
 
 
-def row_blocks(shape: tuple[int, ...], block_bytes: int = BLOCK_BYTES) -> list[tuple[int, int]]:
-    """Cut the rows of a tensor into blocks of about `block_bytes` in float32: (first row, row behind the last) each."""
+def row_blocks(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Cut the rows of a tensor into blocks of about `BLOCK_BYTES` in float32: (first row, row behind the last) each."""
     row_bytes = 4 * int(np.prod(shape[1:], dtype=np.int64))
-    count = max(1, block_bytes // row_bytes)
+    count = max(1, BLOCK_BYTES // row_bytes)
     return [(start, min(start + count, shape[0])) for start in range(0, shape[0], count)]
 
 

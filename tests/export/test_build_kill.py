@@ -46,8 +46,7 @@ import json, os, sys
 import qwen_rt.export.build, qwen_rt.export.weights
 from qwen_rt.cli import main
 
-qwen_rt.export.weights.MAX_FILE_BYTES = 2 << 20
-qwen_rt.export.weights._BLOCK_ELEMENTS = 1 << 18
+qwen_rt.export.weights.BLOCK_BYTES = 1 << 20
 STEPS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
 
 
@@ -75,6 +74,7 @@ for line in sys.stdin:
     if not pid:
         os.write(1, f"{os.getpid()}\n".encode())
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        qwen_rt.export.weights.MAX_FILE_BYTES = job["file_bytes"]
         if job["step"]:
             die_at(job["step"], job["folder"])
         os._exit(main(job["arguments"]))
@@ -100,11 +100,19 @@ class _Driver:
         assert self.process.stdout is not None
         return int(self.process.stdout.readline())
 
-    def build(self, out: Path, *options: str, kill_when: Callable[[], bool] | None = None, step: int = 0) -> int:
+    def build(
+        self,
+        out: Path,
+        *options: str,
+        kill_when: Callable[[], bool] | None = None,
+        step: int = 0,
+        file_bytes: int = 2 << 20,
+    ) -> int:
         """Build and return the exit code, -9 if the child was killed: when a condition holds, or at a step."""
         assert self.process.stdin is not None
         arguments = ["build", str(shared_graph()), "-o", str(out), "--quiet", *options]
         job: dict[str, Any] = {"arguments": arguments, "step": step, "folder": str(out.parent)}
+        job["file_bytes"] = file_bytes
         self.process.stdin.write(json.dumps(job) + "\n")
         pid = self._read()
         if kill_when is not None:
@@ -129,14 +137,6 @@ def driver() -> Iterator[_Driver]:
     running.close()
 
 
-@pytest.fixture(scope="module")
-def undisturbed(driver: _Driver, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of a build that nobody killed."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    assert driver.build(folder / "out", "--precision", "fp32") == 0
-    return contents(folder / "out")
-
-
 def _complete_or_absent(out: Path) -> bool:
     """Whether the bundle is there; what is there without being complete fails the test."""
     if out.exists():
@@ -149,18 +149,32 @@ def _complete_or_absent(out: Path) -> bool:
     return False
 
 
-def _finish(driver: _Driver, out: Path, expected: dict[str, bytes], *options: str) -> None:
-    assert driver.build(out, *options) == 0
+def _finish(driver: _Driver, out: Path, expected: dict[str, bytes], *options: str, file_bytes: int = 2 << 20) -> None:
+    assert driver.build(out, *options, file_bytes=file_bytes) == 0
     assert contents(out) == expected
     assert names(out.parent) == {out.name}, "hidden files of the killed builds stayed"
 
 
-def test_killed_from_outside_at_random_moments(driver: _Driver, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "file_bytes"),
+    [
+        (("--precision", "fp32"), 2 << 20),
+        (("--precision", "int4", "--kv-cache", "int8", "--lm-head", "int8"), 300_000),
+    ],
+    ids=["floats", "quantized"],
+)
+def test_killed_from_outside_at_random_moments(
+    options: tuple[str, ...], file_bytes: int, driver: _Driver, tmp_path: Path
+) -> None:
     """Each build goes on from what the killed one before it left: a random time after a random number of files."""
+    assert driver.build(tmp_path / "undisturbed", *options, file_bytes=file_bytes) == 0
+    undisturbed = contents(tmp_path / "undisturbed")
     num_files = sum(name.endswith(".safetensors") for name in undisturbed)
     assert num_files > 8
     rng = random.Random(20_261_123)
-    out, written = tmp_path / "out", tmp_path / ".out.partial" / "graph"
+    place = tmp_path / "place"
+    place.mkdir()
+    out, written = place / "out", place / ".out.partial" / "graph"
     killed = 0
     for count in [0, 0, *sorted(rng.sample(range(1, num_files), 8)), num_files, num_files, num_files + 1]:
         pause_s = rng.uniform(0, 0.02)
@@ -171,14 +185,14 @@ def test_killed_from_outside_at_random_moments(driver: _Driver, undisturbed: dic
             time.sleep(pause_s)
             return True
 
-        code = driver.build(out, "--precision", "fp32", kill_when=reached)
+        code = driver.build(out, *options, kill_when=reached, file_bytes=file_bytes)
         assert code in (0, -signal.SIGKILL)
         killed += code != 0
         if _complete_or_absent(out):
             assert contents(out) == undisturbed
             shutil.rmtree(out)
     assert killed >= 10
-    _finish(driver, out, undisturbed, "--precision", "fp32")
+    _finish(driver, out, undisturbed, *options, file_bytes=file_bytes)
 
 
 STRIDES = pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])

@@ -63,7 +63,7 @@ def test_a_quantized_matrix_is_its_parts_behind_each_other(scheme: Scheme, monke
     whole = quantize_rows("w.weight", source.rows("w.weight", 0, 37), scheme)
     expected = b"".join(array.tobytes() for array in whole.parts().values())
     for stop in (37, 5):
-        monkeypatch.setattr(weight_files.row_blocks, "__defaults__", (stop * 48 * 4,))
+        monkeypatch.setattr(weight_files, "BLOCK_BYTES", stop * 48 * 4)
         assert len(weight_files.row_blocks((37, 48))) == -(-37 // stop)
         piece = quantized_piece(source, "w.weight", scheme)
         assert _bytes(piece) == expected
@@ -88,7 +88,7 @@ def test_importance_reaches_the_rounding() -> None:
 def test_errors_name_the_row_of_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     source: Any = _source()
     source.arrays["w.weight"][33, 2] = np.nan
-    monkeypatch.setattr(weight_files.row_blocks, "__defaults__", (5 * 48 * 4,))
+    monkeypatch.setattr(weight_files, "BLOCK_BYTES", 5 * 48 * 4)
     with pytest.raises(CheckpointError, match=r"tensor w.weight holds nan in row 33, column 2"):
         _bytes(quantized_piece(source, "w.weight", Scheme("int8")))
 
