@@ -62,7 +62,9 @@ def write_calibration(path: Path) -> None:
 def measure(source: Path, name: str, rows: Sequence[dict[str, str]], folder: Path) -> dict[str, Any]:
     """Build a variant and let it answer: exact match in points, the gate's KL, and the speed."""
     precision, options, _ = VARIANTS[name]
-    given = {key: folder / "calibration.txt" if value == CALIBRATION else value for key, value in options.items()}
+    given: dict[str, Any] = {
+        key: folder / "calibration.txt" if value == CALIBRATION else value for key, value in options.items()
+    }
     out = folder / "bundle"
     manifest = build(
         source, out, BuildOptions(precision=precision, quantize=QuantizeOptions(**given), overwrite=True, quiet=True)

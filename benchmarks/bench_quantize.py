@@ -59,7 +59,7 @@ _DONE = re.compile(r"weights: done ([\d.]+) (k|M|G)B in ([\d.]+) (s|min)")
 
 def max_rss_gb(config: dict[str, Any]) -> float:
     """The bar: 1.5 times the largest tensor in float32 and 500 MB, or `MAX_RSS_GB` if that is less."""
-    largest = max(config["vocab_size"], config["intermediate_size"]) * config["hidden_size"] * 4
+    largest = float(max(config["vocab_size"], config["intermediate_size"]) * config["hidden_size"] * 4)
     return min(1.5 * largest / 1e9 + 0.5, MAX_RSS_GB)
 
 

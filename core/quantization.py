@@ -216,13 +216,13 @@ def pack_nibbles(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """
     if values.shape[-1] % 2:
         values = np.concatenate([values, np.zeros_like(values[..., :1])], axis=-1)
-    packed: NDArray[np.uint8] = values[..., 0::2] | (values[..., 1::2] << 4)
-    return packed
+    low, high = values[..., 0::2], np.left_shift(values[..., 1::2], 4, dtype=np.uint8)
+    return np.bitwise_or(low, high, dtype=np.uint8)
 
 
 def unpack_nibbles(packed: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
     """Undo `pack_nibbles`: uint8 [..., ceil(count/2)] → uint8 [..., count]."""
-    values = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), np.uint8)
+    values: NDArray[np.uint8] = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), np.uint8)
     np.bitwise_and(packed, 15, out=values[..., 0::2])
     np.right_shift(packed, 4, out=values[..., 1::2])
     return values[..., :count]
@@ -299,5 +299,6 @@ def fake_quantize_kv(x: NDArray[Any], kv_format: str) -> NDArray[Any]:
     scale = np.abs(x).max(-1, keepdims=True) / largest
     scale = np.where(scale > 0, scale, 1).astype(np.float32).astype(x.dtype)
     scaled = x / scale
-    rounded: NDArray[Any] = round_fp8(scaled) if kv_format == "fp8" else np.rint(scaled)
-    return rounded * scale
+    rounded = round_fp8(scaled) if kv_format == "fp8" else np.rint(scaled)
+    product: NDArray[Any] = rounded * scale
+    return product

@@ -244,7 +244,7 @@ def gate_kl_limit(formats: Iterable[str], kv_format: str | None = None) -> float
     with int8, fp8 and int4 g128: 7e-5, 8e-4 and 0.012, and measured are 9e-5, 1e-3 and 0.016. Trained models have s = 2
     to 3, and e grows with the layers: nano gives 8e-4, 5e-3 and 0.08. The limits are six (int4) to forty times (int8)
     as much. Half a nat says that a token of the source keeps 60 % of its probability: int4 may cost a small model
-    nearly that, a model with one broken layer costs more. A quantized cache adds less than fp8 or int8 weights do, nano's 1e-3.
+    nearly that, a model with one broken layer costs more. A quantized cache adds less than fp8 or int8 weights do.
     """
     weights = max((_GATE_KL[name] for name in formats), default=1e-3)
     return weights + (_GATE_KL_KV[kv_format] if kv_format is not None else 0.0)

@@ -32,6 +32,7 @@ class QuantizeOptions:
         embedding: Precision of the embeddings; None leaves them.
         overrides: TOML file of patterns and precisions.
         size_budget: Bytes that all matrices may take: the most sensitive get a higher precision, as far as it goes.
+        write_overrides: File to write what the budget chose to, as one for `overrides`.
         calibrate: UTF-8 text whose activations decide scales.
         kv_cache: `fp8` or `int8`; None for a cache of the activations' dtype.
         activations: Target cpu: `float32`, or `int8` to multiply int8 and int4 matrices by rounded activations.
@@ -43,6 +44,7 @@ class QuantizeOptions:
     embedding: str | None = None
     overrides: Path | None = None
     size_budget: int | None = None
+    write_overrides: Path | None = None
     calibrate: Path | None = None
     kv_cache: str | None = None
     activations: str = "float32"
@@ -193,6 +195,8 @@ def _check_quantize(options: QuantizeOptions, precision: str, target: str) -> No
         raise UsageError(f"{flag} without quantization", f"--precision {' or '.join(FORMATS)}", f"leave {flag} out")
     if options.overrides is not None and options.size_budget is not None:
         raise UsageError("--overrides and --size-budget", "one of the two", "put the choices into the overrides")
+    if options.write_overrides is not None and options.size_budget is None:
+        raise UsageError("--write-overrides without --size-budget", "a budget that chooses", "add --size-budget SIZE")
     if options.kv_cache is not None and options.kv_cache not in KV_FORMATS:
         raise UsageError(f"kv-cache={options.kv_cache}", f"one of auto, {', '.join(KV_FORMATS)}")
     if options.kv_cache is not None and target == "portable":

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -183,7 +184,7 @@ def float_piece(source: RowSource, name: str, dtype: str, stored_name: str | Non
         return converted.tobytes()
 
     def blocks(pool: Executor) -> Iterator[bytes]:
-        return in_order(pool, ((lambda s=start, e=stop: convert(s, e)) for start, stop in row_blocks(shape)))
+        return in_order(pool, (partial(convert, start, stop) for start, stop in row_blocks(shape)))
 
     return Piece(((stored_name or name, dtype, shape),), blocks)
 

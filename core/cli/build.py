@@ -66,6 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "higher precision than --precision",
     )
     group.add_argument(
+        "--write-overrides",
+        type=Path,
+        metavar="FILE",
+        help="write what --size-budget chose, as a file for --overrides to be edited and used again",
+    )
+    group.add_argument(
         "--calibrate",
         type=Path,
         metavar="FILE",
@@ -102,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
         embedding=args.embedding,
         overrides=args.overrides,
         size_budget=None if args.size_budget is None else parse_size(args.size_budget, "--size-budget"),
+        write_overrides=args.write_overrides,
         calibrate=args.calibrate,
         kv_cache=None if args.kv_cache == "auto" else args.kv_cache,
         activations=args.activations,

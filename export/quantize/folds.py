@@ -17,13 +17,15 @@ wrong, and is seen to be in the matrix that has it.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from qwen_rt.export.quantize.forward import Forward
 from qwen_rt.row_reader import RowSource
 
 __all__ = ["LayerFolds"]
+
+F32 = NDArray[np.float32]
 
 _SAMPLE_ROWS = 256
 """Of o_proj and down_proj, to see the factors of their columns: roundings cancel over that many."""
@@ -50,31 +52,31 @@ class LayerFolds:
         spec = source.spec
         into_qkv = _norm_factors(source, quantized, f"{prefix}.input_layernorm.weight")
         into_mlp = _norm_factors(source, quantized, f"{prefix}.post_attention_layernorm.weight")
-        self._columns: dict[str, Tensor | None] = {
+        self._columns: dict[str, F32 | None] = {
             **{f"{prefix}.self_attn.{name}_proj.weight": into_qkv for name in "qkv"},
             **{f"{prefix}.mlp.{name}_proj.weight": into_mlp for name in ("gate", "up")},
         }
-        value, up = f"{prefix}.self_attn.v_proj.weight", f"{prefix}.mlp.up_proj.weight"
+        self._value, up = f"{prefix}.self_attn.v_proj.weight", f"{prefix}.mlp.up_proj.weight"
         out, down = f"{prefix}.self_attn.o_proj.weight", f"{prefix}.mlp.down_proj.weight"
         group = spec.num_heads // spec.num_kv_heads
-        heads = (spec.num_kv_heads, group, spec.head_dim)  # the query heads of a group share their values
-        self._fed_by = {out: value, down: up}
-        self._group = {out: heads, down: (1, 1, spec.intermediate_size)}
+        self._fed_by = {out: self._value, down: up}
+        # The query heads of a group share their values, so their columns have the same factors.
+        self._heads = {out: (spec.num_kv_heads, group, spec.head_dim), down: (1, 1, spec.intermediate_size)}
         self._rows = {
-            fed_by: _column_factors(source.rows, quantized.rows, name, self._group[name]).reciprocal()
-            for name, fed_by in self._fed_by.items()
+            feeding: 1 / _column_factors(source.rows, quantized.rows, name, self._heads[name])
+            for name, feeding in self._fed_by.items()
         }
 
-    def columns(self, name: str) -> Tensor | None:
+    def columns(self, name: str) -> F32 | None:
         """Factors of a matrix's columns, f32[K]; None if all are 1. Rows that feed them have to have passed."""
         if name not in self._fed_by:
             return self._columns[name]
-        kv_heads, group, width = self._group[name]
-        rows = self._rows[self._fed_by[name]].view(kv_heads, 1, width)
-        return _unless_ones(rows.expand(-1, group, -1).reshape(-1).reciprocal())
+        kv_heads, group, width = self._heads[name]
+        rows = self._rows[self._fed_by[name]].reshape(kv_heads, 1, width)
+        return _unless_ones((1 / np.repeat(rows, group, 1)).reshape(-1))
 
-    def rows(self, name: str, start: int, before: Tensor, after: Tensor) -> Tensor | None:
-        """Factors of some rows, f32[n]; None if all are 1.
+    def rows(self, name: str, start: int, before: F32, after: F32) -> F32 | None:
+        """Factors of some rows, f32[n]; None if all are 1. Threads may ask for different rows side by side.
 
         Args:
             name: The matrix.
@@ -85,39 +87,45 @@ class LayerFolds:
         if name not in self._rows:
             return None
         expected = self._rows[name][start : start + len(before)]
-        found = _factors((before * after).sum(1), before.square().sum(1), after.square().sum(1))
-        agreed = (found == expected) | (torch.isnan(expected) & ~torch.isnan(found))
-        expected.copy_(torch.where(agreed, found, torch.ones_like(found)))
+        sums = (np.einsum("nk,nk->n", *pair) for pair in ((before, after), (before, before), (after, after)))
+        found = _factors(*sums)
+        agreed = (found == expected) | (np.isnan(expected) & ~np.isnan(found))
+        expected[:] = np.where(agreed, found, 1)
         return _unless_ones(expected)
 
-    def value_rows(self, layer: int) -> Tensor:
+    @property
+    def value_rows(self) -> F32:
         """Factors of v_proj's rows, once they have passed: f32[Hkv·D]."""
-        return self._rows[f"model.layers.{layer}.self_attn.v_proj.weight"]
+        return self._rows[self._value]
 
 
-def _norm_factors(source: Forward, quantized: Forward, name: str) -> Tensor | None:
+def _norm_factors(source: Forward, quantized: Forward, name: str) -> F32 | None:
     """What a norm was divided by; 1 where either weight is 0."""
-    before, after = source.vector(name), quantized.vector(name)
-    return _unless_ones(torch.where((before != 0) & (after != 0), before / after, torch.ones_like(before)))
+    before, after = source.vector(name).numpy(), quantized.vector(name).numpy()
+    factors = np.ones_like(before)
+    np.divide(before, after, out=factors, where=(before != 0) & (after != 0))
+    return _unless_ones(factors)
 
 
-def _column_factors(source: RowSource, quantized: RowSource, name: str, heads: tuple[int, int, int]) -> Tensor:
+def _column_factors(source: RowSource, quantized: RowSource, name: str, heads: tuple[int, int, int]) -> F32:
     """What columns were multiplied by, by the first rows: f32[Hkv·D], NaN where they do not tell."""
-    sums = [torch.zeros(heads[0] * heads[2]) for _ in range(3)]
+    sums = np.zeros((3, heads[0] * heads[2]), np.float32)
     for start in range(0, min(_SAMPLE_ROWS, source.shape(name)[0]), _SAMPLE_PIECE):
-        before, after = (
-            torch.from_numpy(rows.rows(name, start, start + _SAMPLE_PIECE)) for rows in (source, quantized)
-        )
-        for total, product in zip(sums, (before * after, before.square(), after.square()), strict=True):
-            total += product.sum(0).view(heads).sum(1).reshape(-1)
+        before, after = (rows.rows(name, start, start + _SAMPLE_PIECE) for rows in (source, quantized))
+        for total, pair in zip(sums, ((before, after), (before, before), (after, after)), strict=True):
+            total += np.einsum("nk,nk->k", *pair).reshape(heads).sum(1).reshape(-1)
     return _factors(*sums)
 
 
-def _factors(products: Tensor, before_squares: Tensor, after_squares: Tensor) -> Tensor:
+def _factors(products: F32, before_squares: F32, after_squares: F32) -> F32:
     """Nearest power of two of ⟨before, after⟩ / ‖before‖²; NaN where the directions differ, or nothing is there."""
-    believed = products > _MIN_COSINE * (before_squares * after_squares).sqrt()
-    return torch.where(believed, torch.exp2(torch.log2(products / before_squares).round()), torch.nan)
+    believed = products > _MIN_COSINE * np.sqrt(before_squares) * np.sqrt(after_squares)
+    factors = np.full_like(products, np.nan)
+    np.divide(products, before_squares, out=factors, where=believed)
+    np.log2(factors, out=factors, where=believed)
+    result: F32 = np.exp2(np.rint(factors))
+    return result
 
 
-def _unless_ones(factors: Tensor) -> Tensor | None:
-    return None if bool((factors == 1).all()) else factors
+def _unless_ones(factors: F32) -> F32 | None:
+    return None if (factors == 1).all() else factors

@@ -22,7 +22,7 @@ A layer has four units: matrices that read the same input. Between them stand no
         step.advance([multiply(rows, name, step.x) for name in step.names])
     hidden = step.hidden
 
-Memory is the activations and `_BLOCKS_AHEAD + _READERS` blocks for each source, whatever the size of the model.
+Memory is the activations and `_BLOCKS_AHEAD + 1` blocks for each source, whatever the size of the model.
 
 Source of the formulas: Hugging Face transformers 5.23.0, `models/qwen2/modeling_qwen2.py`.
 """
@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -60,8 +60,12 @@ UNITS: Mapping[str, tuple[str, ...]] = {
 BLOCK_BYTES = 8 << 20
 """Of a block in float32: enough rows for a product of full speed, and no larger than the activations of 128 tokens."""
 
-_READERS = 2
+_NUM_READERS = 2
 _BLOCKS_AHEAD = 2
+
+_READERS = ThreadPoolExecutor(_NUM_READERS, "read-rows")
+"""Started by the first read, and kept: with every new thread the C library would start another heap, whose free memory
+no other thread uses, and blocks would pile up in them."""
 
 
 def matrix_names(layer: int, unit: str) -> tuple[str, ...]:
@@ -76,20 +80,26 @@ def head_name(spec: ModelSpec) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Rows `start … stop - 1` of the matrix `name` from each source: f32[stop - start, K]."""
+    """Rows `start … stop - 1` of the matrix `name` from each source, f32[stop - start, K], and what was found in them."""
 
     name: str
     start: int
     stop: int
     rows: tuple[Tensor, ...]
+    found: Any = None
 
 
-def read_blocks(sources: Sequence[RowSource], names: Sequence[str]) -> Iterator[Block]:
+Inspect = Callable[[str, int, Sequence[NDArray[np.float32]]], Any]
+"""Given the name of a matrix, the number of a first row, and the rows of each source; runs in the threads that read."""
+
+
+def read_blocks(sources: Sequence[RowSource], names: Sequence[str], inspect: Inspect | None = None) -> Iterator[Block]:
     """Read matrices in blocks of rows, the same of every source; threads read ahead of whoever takes the blocks.
 
     Args:
         sources: Where the rows come from; all have the matrices in the same shape.
         names: The matrices, one after the other.
+        inspect: Called for each block; what it returns is `Block.found`.
 
     Yields:
         The blocks, in order; their tensors belong to the taker.
@@ -97,24 +107,23 @@ def read_blocks(sources: Sequence[RowSource], names: Sequence[str]) -> Iterator[
     Raises:
         CheckpointError: Sources disagree on a shape, or as they say.
     """
-    parts = [part for name in names for part in _parts(sources, name)]
+    waiting = iter([part for name in names for part in _parts(sources, name)])
 
-    def read(part: tuple[str, int, int]) -> Block:
-        return Block(*part, tuple(torch.from_numpy(source.rows(*part)) for source in sources))
+    def read(name: str, start: int, stop: int) -> Block:
+        rows = [source.rows(name, start, stop) for source in sources]
+        found = None if inspect is None else inspect(name, start, rows)
+        return Block(name, start, stop, tuple(map(torch.from_numpy, rows)), found)
 
-    if len(parts) == 1:
-        yield read(parts[0])
-        return
-    waiting = iter(parts)
-    with ThreadPoolExecutor(_READERS, "read-rows") as pool:
-        ahead: deque[Future[Block]] = deque(pool.submit(read, part) for part in islice(waiting, _BLOCKS_AHEAD))
-        try:
-            while ahead:
-                block = ahead.popleft().result()
-                ahead.extend(pool.submit(read, part) for part in islice(waiting, 1))
-                yield block
-        finally:
-            pool.shutdown(cancel_futures=True)
+    ahead: deque[Future[Block]] = deque(_READERS.submit(read, *part) for part in islice(waiting, _BLOCKS_AHEAD))
+    try:
+        while ahead:
+            block = ahead.popleft().result()
+            ahead.extend(_READERS.submit(read, *part) for part in islice(waiting, 1))
+            yield block
+    finally:
+        for future in ahead:
+            future.cancel()
+        wait(ahead)  # whoever closes the sources next finds no one reading
 
 
 def _parts(sources: Sequence[RowSource], name: str) -> list[tuple[str, int, int]]:

@@ -176,32 +176,28 @@ class _Gate:
 
     def _unit(
         self, sources: Sequence[RowSource], names: Sequence[str], inputs: Sequence[Tensor], folds: LayerFolds | None
-    ) -> tuple[list[list[Tensor]], list[TensorError]]:
+    ) -> tuple[Sequence[list[Tensor]], list[TensorError]]:
         """Multiply both streams by matrices that read the same input, and measure the matrices.
 
         Returns:
             Products of the source's stream and of the quantized one, f32[T, N] for each matrix, and the errors.
         """
         own, other = inputs
-        outputs: list[list[Tensor]] = [[], []]
-        checks: dict[str, MatrixCheck] = {}
-        columns: Tensor | None = None
-        own_folded = own
-        for block in read_blocks(sources, names):
+        shapes = {name: sources[0].shape(name) for name in names}
+        checks = {name: MatrixCheck(name, self.schemes.get(name), shapes[name], len(own)) for name in names}
+        columns = {name: None if folds is None else folds.columns(name) for name in names}
+        outputs = tuple([own.new_empty(len(own), shapes[name][0]) for name in names] for _ in inputs)
+
+        def inspect(name: str, start: int, rows: Sequence[NDArray[np.float32]]) -> Tensor | None:
+            return checks[name].add_rows(start, *rows, columns[name], folds)
+
+        for block in read_blocks(sources, names, inspect):
             before, after = block.rows
-            if block.name not in checks:
-                shape = sources[0].shape(block.name)
-                checks[block.name] = MatrixCheck(block.name, self.schemes.get(block.name), shape, len(own))
-                for products in outputs:
-                    products.append(own.new_empty(len(own), shape[0]))
-                columns = None if folds is None else folds.columns(block.name)
-                own_folded = own if columns is None else own / columns
-            part = slice(block.start, block.stop)
-            outputs[0][-1][:, part] = product = own @ before.T
-            outputs[1][-1][:, part] = other @ after.T
-            check = checks[block.name]
-            rows = check.add_rows(block.start, before, after, columns, folds)
-            check.add_outputs(product if rows is None else product * rows, own_folded @ after.T)
+            place, part, factors = names.index(block.name), slice(block.start, block.stop), columns[block.name]
+            outputs[0][place][:, part] = product = own @ before.T
+            outputs[1][place][:, part] = other @ after.T
+            found = (own if factors is None else own / torch.from_numpy(factors)) @ after.T
+            checks[block.name].add_outputs(product if block.found is None else product * block.found, found)
         return outputs, [check.result() for check in checks.values()]
 
     def _biases(self, index: int, folds: LayerFolds) -> list[TensorError]:
@@ -213,7 +209,7 @@ class _Gate:
             name = f"model.layers.{index}.self_attn.{proj}_proj.bias"
             before, after = (forward.vector(name) for forward in self.forwards)
             if proj == "v":
-                before = before * folds.value_rows(index)
+                before = before * torch.from_numpy(folds.value_rows)
             if offset and self.kv_format is not None:
                 after = after + self.forwards[1].vector(offset).reshape(-1)
             found.append(_vector_error(name, after, before))
@@ -221,7 +217,7 @@ class _Gate:
 
     def _cache(self, index: int, hidden: Tensor, products: Sequence[Tensor], folds: LayerFolds) -> TensorError:
         """Error of the source's attention when nothing but its keys and values is rounded as the cache rounds them."""
-        rows = folds.value_rows(index)
+        rows = torch.from_numpy(folds.value_rows)
         q, k, v = products
         exact, rounded = (LayerPass(forward, index, hidden) for forward in self.forwards)
         exact.advance((q, k, v))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,7 @@ def quantized_piece(
 
     def blocks(pool: Executor) -> Iterator[bytes]:
         rest: dict[str, list[NDArray[Any]]] = {}
-        tasks = ((lambda s=start, e=stop: quantize(s, e)) for start, stop in row_blocks(shape))
+        tasks = (partial(quantize, start, stop) for start, stop in row_blocks(shape))
         for tensor in in_order(pool, tasks):
             parts = tensor.parts()
             yield parts.pop("weight").tobytes()

@@ -79,7 +79,8 @@ def plan_schemes(spec: ModelSpec, options: SchemeOptions) -> dict[str, Scheme]:
     chosen[EMBEDDING] = _other(options.embedding, options, "--embedding")
     if options.overrides is not None:
         _apply(chosen, _read_overrides(options.overrides), options)
-    if chosen[EMBEDDING] is not None and chosen[EMBEDDING].format == "int4":
+    embedding = chosen[EMBEDDING]
+    if embedding is not None and embedding.format == "int4":
         raise UsageError("embeddings in int4", "fp8 or int8", "choose another --embedding")
     if spec.tie_word_embeddings and chosen[HEAD] is not None and chosen[HEAD] == chosen[EMBEDDING]:
         chosen[HEAD] = None  # one table serves both

@@ -18,7 +18,7 @@ from qwen_rt.export.quantize.calibrate import calibrate
 from qwen_rt.export.quantize.forward import UNITS, matrix_names
 from qwen_rt.export.quantize.gate_text import file_tokens, gate_tokens
 from qwen_rt.export.quantize.kv import KvPlan, choose_kv_offsets
-from qwen_rt.export.quantize.mixed import choose_mixed
+from qwen_rt.export.quantize.mixed import choose_mixed, to_toml
 from qwen_rt.export.quantize.pieces import EditedRows, MatrixEdit, quantized_piece, stored_piece, vector_piece
 from qwen_rt.export.quantize.plan import SchemeOptions, layer_matrices, plan_schemes
 from qwen_rt.export.settings import FROM_CHECKPOINT, QuantizeOptions
@@ -26,6 +26,7 @@ from qwen_rt.export.weights import Piece, float_piece
 from qwen_rt.quantization import FORMATS, Scheme, part_name
 from qwen_rt.row_reader import CheckpointRows, RowSource
 from qwen_rt.spec import ModelSpec
+from qwen_rt.storage import atomic_write_bytes
 
 __all__ = ["Prepared", "pieces_of", "prepare", "quantized_locations"]
 
@@ -109,21 +110,22 @@ def prepare(
         )
         schemes = plan_schemes(spec, wanted)
         if options.size_budget is not None:
-            tokens, _ = gate_tokens(checkpoint.path, spec)
+            tokens = _texts(checkpoint, options) or [gate_tokens(checkpoint.path, spec)[0]]
             base, head = schemes[layer_matrices(spec)[0]], schemes.get(HEAD)
-            mixed = choose_mixed(rows, spec, [tokens], base, options.size_budget, head_scheme=head, quiet=quiet)
+            mixed = choose_mixed(rows, spec, tokens, base, options.size_budget, head_scheme=head, quiet=quiet)
             schemes |= {name: scheme for name, scheme in mixed.schemes.items() if scheme is not None}
             for name in [name for name, scheme in mixed.schemes.items() if scheme is None]:
                 del schemes[name]
             report["mixed"] = mixed.report
+            if options.write_overrides is not None:
+                atomic_write_bytes(options.write_overrides, to_toml(mixed).encode())
     edits: dict[str, MatrixEdit] = {}
     vectors: dict[str, NDArray[np.float32]] = {}
     hidden = None
-    if options.calibrate is not None:
-        tokens = file_tokens(checkpoint.path, spec, options.calibrate)
-        found = calibrate(rows, spec, [tokens], schemes, quiet=quiet)
+    if texts := _texts(checkpoint, options):
+        found = calibrate(rows, spec, texts, schemes, quiet=quiet)
         edits, vectors, hidden = found.edits, found.vectors, found.hidden
-        report["calibration"] = {"ranges": found.ranges, "units": found.report}
+        report["calibration"] = {"ranges": found.ranges, **found.report}
         method = {"int4": "awq", "int8": "smoothquant"}.get(precision, method)
     edited: RowSource = EditedRows(rows, edits, vectors) if edits or vectors else rows
     kv = None
@@ -131,6 +133,13 @@ def prepare(
         kv = choose_kv_offsets(edited, spec, options.kv_cache, hidden=hidden, quiet=quiet)
         report["kv_cache"] = kv.summary()
     return Prepared(spec, rows, edited, schemes, stored, edits, vectors, kv, method, report)
+
+
+def _texts(checkpoint: Checkpoint, options: QuantizeOptions) -> list[list[int]]:
+    """Tokens of the calibration text; none without one."""
+    if options.calibrate is None:
+        return []
+    return [file_tokens(checkpoint.path, checkpoint.spec, options.calibrate)]
 
 
 def _can_look_up(scheme: Scheme) -> bool:

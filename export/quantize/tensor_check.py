@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen_rt.export.quantize.folds import LayerFolds
@@ -13,6 +15,8 @@ from qwen_rt.quantization import Scheme
 from qwen_rt.tolerances import gate_limit, gate_scale_limit
 
 __all__ = ["MatrixCheck", "mean_relative_error"]
+
+F32 = NDArray[np.float32]
 
 _PIECE_ELEMENTS = 1 << 18  # temporaries of a piece stay in a core's cache
 
@@ -33,14 +37,15 @@ class MatrixCheck:
         self._num_groups = 1 if scheme is None else scheme.num_groups(self._columns)
         self._error_squares = torch.zeros(num_tokens, dtype=torch.float64)
         self._output_squares = torch.zeros(num_tokens, dtype=torch.float64)
-        self._weight_error = 0.0
-        # Of every group ⟨ŵ, w⟩, ⟨w, w⟩ and ⟨ŵ, ŵ⟩. Made at once: small pieces between blocks would break up the memory.
-        self._products, self._source_squares, self._squares = torch.zeros(3, num_rows, self._num_groups)
+        # Of every group ⟨ŵ, w⟩, ⟨w, w⟩ and ⟨ŵ, ŵ⟩, of every row ‖ŵ - w‖². Made at once: small pieces that are made
+        # between blocks and stay would break up the memory.
+        self._products, self._source_squares, self._squares = np.zeros((3, num_rows, self._num_groups), np.float32)
+        self._differences = np.zeros(num_rows, np.float32)
 
     def add_rows(
-        self, start: int, source: Tensor, quantized: Tensor, columns: Tensor | None, folds: LayerFolds | None
+        self, start: int, source: F32, quantized: F32, columns: F32 | None, folds: LayerFolds | None
     ) -> Tensor | None:
-        """Take some rows.
+        """Take some rows. Threads may do so side by side.
 
         Args:
             start: Number of the first.
@@ -53,7 +58,7 @@ class MatrixCheck:
             f32[n], what the bundle's rows are multiplied by; None for 1.
         """
         step = max(1, _PIECE_ELEMENTS // self._columns)
-        factors = torch.ones(len(source))
+        factors = np.ones(len(source), np.float32)
         for low in range(0, len(source), step):
             before, after = source[low : low + step], quantized[low : low + step]
             if columns is not None:
@@ -62,13 +67,14 @@ class MatrixCheck:
             if rows is not None:
                 before = before * rows[:, None]
                 factors[low : low + step] = rows
-            self._weight_error += float((after - before).square().sum(dtype=torch.float64))
-            shape = (len(before), self._num_groups, -1)
             part = slice(start + low, start + low + len(before))
-            self._products[part] = (before * after).view(shape).sum(-1)
-            self._source_squares[part] = before.square().view(shape).sum(-1)
-            self._squares[part] = after.square().view(shape).sum(-1)
-        return None if bool((factors == 1).all()) else factors
+            difference = after - before
+            self._differences[part] = np.einsum("nk,nk->n", difference, difference)
+            shape = (len(before), self._num_groups, -1)
+            b, a = before.reshape(shape), after.reshape(shape)
+            for sums, pair in ((self._products, (b, a)), (self._source_squares, (b, b)), (self._squares, (a, a))):
+                np.einsum("ngk,ngk->ng", *pair, out=sums[part])
+        return None if (factors == 1).all() else torch.from_numpy(factors)
 
     def add_outputs(self, expected: Tensor, found: Tensor) -> None:
         """Take what the source's input becomes with those rows as they should be and as they are: f32[T, n] each."""
@@ -77,7 +83,9 @@ class MatrixCheck:
 
     def result(self) -> TensorError:
         """The errors, and what seems to be wrong if they are out of limits."""
-        products, before, after = (sums.double() for sums in (self._products, self._source_squares, self._squares))
+        products, before, after = (
+            torch.from_numpy(sums).double() for sums in (self._products, self._source_squares, self._squares)
+        )
         total = float(before.sum())
         used = before > 0
         gains = products[used] / before[used]
@@ -87,7 +95,7 @@ class MatrixCheck:
             scheme=str(self._scheme) if self._scheme is not None else "kept",
             output_error=mean_relative_error(self._error_squares, self._output_squares),
             limit=gate_limit(self._scheme, self._columns),
-            weight_error=_ratio(self._weight_error, total),
+            weight_error=_ratio(float(self._differences.sum(dtype=np.float64)), total),
             scale_error=scale_error,
             scale_limit=gate_scale_limit(self._scheme, self._columns),
         )

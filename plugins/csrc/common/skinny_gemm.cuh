@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, leaves_half<kFormat, kScaling,
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     const bool is_pairs = p.epilogue == Epilogue::kSiluGate;
     float* squares = reinterpret_cast<float*>(shared);   // [warp][column]
-    float* sums = squares + squares_bytes(kNTiles) / 4;  // [tile or turn][warp][column][20]
+    float* sums = squares + squares_bytes(kNTiles) / 4;  // [tile][warp][column][20]
     const int bytes_of_stage = stage_bytes<Slice>(kMTiles, kResident ? 0 : p.rows);
     const int bytes_of_x = kResident ? resident_bytes<Slice>(p.rows, p.k) : 0;
     const uint32_t norm = smem_address(shared) + squares_bytes(kNTiles) + reduce_bytes(kNTiles, kMTiles);
@@ -92,29 +92,28 @@ __global__ void __launch_bounds__(kSkinnyThreads, leaves_half<kFormat, kScaling,
     const int lane_at = warp * Slice::kSliceBytes + lane_chunk * 16;  // bytes into a chunk's row
     const uint32_t lane_to = lane_row * Slice::kLineBytes + (Slice::weight_chunk(lane_row, lane_chunk) << 4);
     const unsigned char* row_at[kMTiles][kCopies];
-    uint32_t has_row = 0;
+    int load_count = 0;  // units of the group that is loaded
     const auto find_rows = [&](int group) {
         const Units u = units_of_group(group);
-        has_row = 0;
+        load_count = u.count;
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m)
 #pragma unroll
             for (int i = 0; i < kCopies; ++i) {
                 const TileRow row = tile_row(p, u, m, i * kRowsOfCopy + lane_row);
-                has_row |= static_cast<uint32_t>(row.is_there) << (m * kCopies + i);
                 row_at[m][i] = static_cast<const unsigned char*>(p.weight[row.matrix]) +
                                static_cast<int64_t>(row.row) * row_bytes + lane_at;
             }
     };
     const auto load_weights = [&](uint32_t stage, int turn) {
         const int offset = bytes_before(turn);
-        // Of int4, and of other formats in lines of half a slice, a row may end within the line.
-        const uint32_t wanted = kFormat == Format::kBf16 || offset + lane_at < row_bytes ? has_row : 0;
+        // Of quantized formats a row may end within the line. Rows that a tile lacks are copies of its last one.
+        if (kFormat != Format::kBf16 && offset + lane_at >= row_bytes) return;
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m)
+            if (m == 0 || m * p.tile_units < load_count)
 #pragma unroll
-            for (int i = 0; i < kCopies; ++i)
-                if (wanted >> (m * kCopies + i) & 1)
+                for (int i = 0; i < kCopies; ++i)
                     copy16_async(stage + lane_to + m * Slice::kTileBytes + i * 512, row_at[m][i] + offset, policy);
     };
     constexpr int kLanesOfX = Slice::kXBytes / 16, kXOfCopy = 32 / kLanesOfX;
@@ -147,24 +146,46 @@ __global__ void __launch_bounds__(kSkinnyThreads, leaves_half<kFormat, kScaling,
         if constexpr (kHasScales)
             if (group < num_groups) copy_scales(p, scale_row, units_of_group(group), kMTiles, scales_of(group));
     };
-    find_rows(0);
+    // What is small comes first: behind the rings it would wait for all of them.
+    if constexpr (kNorm) {
+        if (p.has_fresh_norm) wait_for_previous_grids();
+        for (int i = threadIdx.x; i < norm_bytes(kNorm, p.k) / 16; i += kSkinnyThreads)
+            copy16_or_zero_async(norm + i * 16, p.norm_weight + (i < p.k / 8 ? i * 8 : 0), i < p.k / 8 ? 16 : 0);
+    }
     load_scales(0);
+    find_rows(0);
 #pragma unroll 1
     for (uint32_t stage = ring; stage < ring_end; stage += bytes_of_stage) {
         if (load_group < num_groups) {
             if (load_turn < my_turns) load_weights(stage, load_turn);
             advance();
         }
-    }
-    if constexpr (kNorm) {
-        if (p.has_fresh_norm) wait_for_previous_grids();
-        for (int i = threadIdx.x; i < norm_bytes(kNorm, p.k) / 16; i += kSkinnyThreads)
-            store_shared(norm + i * 16,
-                         i < p.k / 8 ? __ldg(reinterpret_cast<const uint4*>(p.norm_weight) + i) : make_uint4(0, 0, 0, 0));
-        __syncthreads();
+        commit_copies();
     }
     wait_for_previous_grids();
-    {
+    // x of the first stages. Of few rows it goes through registers, so that it need not wait for weights that are not here yet.
+    constexpr int kXCopies = kNTiles * 8 / kXOfCopy;
+    if constexpr (kNTiles == 1 && !kResident && kStages * kXCopies <= 20) {
+        uint4 first[kStages][kXCopies];
+#pragma unroll
+        for (int s = 0; s < kStages; ++s)
+#pragma unroll
+            for (int i = 0; i < kXCopies; ++i) {
+                const int turn = s % num_turns, offset = bytes_before(turn) * 8 / Slice::kBits;
+                const bool is_there = i * kXOfCopy + x_row < p.rows && turn < my_turns && offset + warp * Slice::kSliceK + x_chunk * 8 < p.k;
+                first[s][i] = is_there ? load_activation(x_at + static_cast<int64_t>(i) * kXOfCopy * p.k + offset) : make_uint4(0, 0, 0, 0);
+            }
+#pragma unroll
+        for (int s = 0; s < kStages; ++s)
+#pragma unroll
+            for (int i = 0; i < kXCopies; ++i) {
+                const int row = i * kXOfCopy + x_row;
+                if (row < p.rows)
+                    store_shared(x_of(ring + s * bytes_of_stage, s) + row * Slice::kXBytes + (Slice::x_chunk(row, x_chunk) << 4),
+                                 first[s][i]);
+            }
+        wait_copies<kStages - 1>();
+    } else {
         int turn = 0;
         for (uint32_t stage = ring; stage < ring_end; stage += bytes_of_stage) {
             if (turn < my_turns) load_x(stage, turn);
@@ -174,7 +195,9 @@ __global__ void __launch_bounds__(kSkinnyThreads, leaves_half<kFormat, kScaling,
             }
         }
         commit_copies();
+        wait_copies<0>();
     }
+    if constexpr (kNorm || kHasScales) __syncthreads();
 
     // The output element of this thread in every reduction round.
     const int units_of_tile = is_pairs ? 8 : 16;
@@ -184,8 +207,6 @@ __global__ void __launch_bounds__(kSkinnyThreads, leaves_half<kFormat, kScaling,
 #pragma unroll
     for (int n = 0; n < kNTiles; ++n) square_sum[n] = 0.f;
     uint32_t stage = ring;
-    wait_copies<0>();  // the first stages: weights are there long since, mostly; x is needed now
-    if constexpr (kHasScales) __syncthreads();
 
     for (int group = 0; group < num_groups; ++group) {
         const Units u = units_of_group(group);
@@ -300,13 +321,12 @@ __global__ void __launch_bounds__(kSkinnyThreads, leaves_half<kFormat, kScaling,
                 if (m * p.tile_units >= u.count) continue;
 #pragma unroll
                 for (int r = 0; r < kRounds; ++r) {
-                    float* buffer = sums + (m * kRounds + r) % 2 * reduce_floats(kNTiles);
-                    leave_sums(buffer, m, r);
+                    leave_sums(sums, m, r);
                     __syncthreads();
-                    add_up(buffer, m, r);
+                    add_up(sums, m, r);
+                    __syncthreads();
                 }
             }
-            __syncthreads();
         }
     }
 }

@@ -42,9 +42,9 @@ constexpr int kReduceStride = 20;            // floats: 16 sums of a column, pad
 // Columns (activation rows) whose sums are added up together.
 __host__ __device__ constexpr int reduce_columns(int n_tiles) { return n_tiles == 1 ? 8 : 16; }
 __host__ __device__ constexpr int reduce_floats(int n_tiles) { return kWarps * reduce_columns(n_tiles) * kReduceStride; }
-// Of up to 8 rows all tiles of a group are added up between two barriers; of more, tiles take turns on two buffers.
+// Of up to 8 rows all tiles of a group are added up between two barriers; of more, one after another.
 __host__ __device__ constexpr int reduce_bytes(int n_tiles, int m_tiles) {
-    return reduce_floats(n_tiles) * 4 * (n_tiles == 1 ? m_tiles : 2);
+    return reduce_floats(n_tiles) * 4 * (n_tiles == 1 ? m_tiles : 1);
 }
 __host__ __device__ constexpr int squares_bytes(int n_tiles) { return kWarps * n_tiles * 8 * 4; }
 // Norm weights, up to the end of the last slice.
@@ -68,7 +68,7 @@ struct Units {
 // ---------------------------------------------------------------- rows
 
 struct TileRow {
-    int matrix, row;  // row 0 of the group where there is none
+    int matrix, row;  // the last one where there is none
     bool is_there;
 };
 
@@ -84,7 +84,7 @@ __device__ __forceinline__ TileRow tile_row(const SkinnyParams& p, Units u, int 
     const bool is_pairs = p.epilogue == Epilogue::kSiluGate;
     const int in_tile = is_pairs ? row & 7 : row, unit = m * p.tile_units + in_tile;
     const bool is_there = in_tile < p.tile_units && unit < u.count;
-    TileRow found = row_of_unit(p, u.first + (is_there ? unit : 0), is_there);
+    TileRow found = row_of_unit(p, u.first + min(unit, u.count - 1), is_there);
     if (is_pairs) found.matrix = row >> 3;
     return found;
 }

@@ -79,51 +79,43 @@ __device__ __forceinline__ void multiply_bf16(const SkinnyParams& p, const Turn&
 
 // ---------------------------------------------------------------- fp8, int8, int4
 
-// Sums of a unit: P of rows g and g + 8, columns 2t and 2t + 1.
-template <Format kFormat>
-struct UnitSum {
-    using Number = float;
+// Sums of a unit of rows g and g + 8, columns 2t and 2t + 1, as floats; `start` is what integers begin with.
+__device__ __forceinline__ void sum_unit(const UnitX<Format::kFp8>& x, const uint32_t (&low)[4], const uint32_t (&high)[4],
+                                         const int (&)[4], float (&sum)[4]) {
     float part[4] = {};
-    __device__ __forceinline__ void add(const UnitX<kFormat>& x, const uint32_t (&low)[4], const uint32_t (&high)[4]) {
 #pragma unroll
-        for (int word = 0; word < 4; ++word) {
-            uint32_t a[2], b[2];
-            pairs_of_fp8(low[word], a);
-            pairs_of_fp8(high[word], b);
-            mma_f16(part, a[0], b[0], a[1], b[1], x.pairs[2 * word], x.pairs[2 * word + 1]);
-        }
+    for (int word = 0; word < 4; ++word) {
+        uint32_t a[2], b[2];
+        pairs_of_fp8(low[word], a);
+        pairs_of_fp8(high[word], b);
+        mma_f16(part, a[0], b[0], a[1], b[1], x.pairs[2 * word], x.pairs[2 * word + 1], part);
     }
-    __device__ __forceinline__ float value(int i, int, int) const { return part[i] * kFp8Factor; }
-};
-template <>
-struct UnitSum<Format::kInt8> {
-    int of_high[4] = {}, of_low[4] = {};
-    __device__ __forceinline__ void add(const UnitX<Format::kInt8>& x, const uint32_t (&low)[4], const uint32_t (&high)[4]) {
 #pragma unroll
-        for (int i = 0; i < 4; i += 2) {
-            mma_bytes<true>(of_high, low[i], high[i], low[i + 1], high[i + 1], x.high[i], x.high[i + 1]);
-            mma_bytes<true>(of_low, low[i], high[i], low[i + 1], high[i + 1], x.low[i], x.low[i + 1]);
-        }
-    }
-    __device__ __forceinline__ float value(int i, int zero, int sum_x) const {
-        return static_cast<float>(of_high[i] * 256 + of_low[i] - zero * sum_x);
-    }
-};
-template <>
-struct UnitSum<Format::kInt4> {
-    int of_high[4] = {}, of_low[4] = {};
-    __device__ __forceinline__ void add(const UnitX<Format::kInt4>& x, const uint32_t (&low)[4], const uint32_t (&high)[4]) {
+    for (int i = 0; i < 4; ++i) sum[i] = part[i] * kFp8Factor;
+}
+__device__ __forceinline__ void sum_unit(const UnitX<Format::kInt8>& x, const uint32_t (&low)[4], const uint32_t (&high)[4],
+                                         const int (&start)[4], float (&sum)[4]) {
+    const int none[4] = {};
+    int of_high[4], of_low[4];
+    mma_bytes<true>(of_high, low[0], high[0], low[1], high[1], x.high[0], x.high[1], none);
+    mma_bytes<true>(of_low, low[0], high[0], low[1], high[1], x.low[0], x.low[1], start);
+    mma_bytes<true>(of_high, low[2], high[2], low[3], high[3], x.high[2], x.high[3], of_high);
+    mma_bytes<true>(of_low, low[2], high[2], low[3], high[3], x.low[2], x.low[3], of_low);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const uint32_t a0 = even_nibbles(low[i]), a1 = even_nibbles(high[i]), a2 = odd_nibbles(low[i]), a3 = odd_nibbles(high[i]);
-            mma_bytes<false>(of_high, a0, a1, a2, a3, x.high[2 * i], x.high[2 * i + 1]);
-            mma_bytes<false>(of_low, a0, a1, a2, a3, x.low[2 * i], x.low[2 * i + 1]);
-        }
+    for (int i = 0; i < 4; ++i) sum[i] = static_cast<float>(of_high[i] * 256 + of_low[i]);
+}
+__device__ __forceinline__ void sum_unit(const UnitX<Format::kInt4>& x, const uint32_t (&low)[4], const uint32_t (&high)[4],
+                                         const int (&start)[4], float (&sum)[4]) {
+    int of_high[4] = {}, of_low[4] = {start[0], start[1], start[2], start[3]};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t a0 = even_nibbles(low[i]), a1 = even_nibbles(high[i]), a2 = odd_nibbles(low[i]), a3 = odd_nibbles(high[i]);
+        mma_bytes<false>(of_high, a0, a1, a2, a3, x.high[2 * i], x.high[2 * i + 1], of_high);
+        mma_bytes<false>(of_low, a0, a1, a2, a3, x.low[2 * i], x.low[2 * i + 1], of_low);
     }
-    __device__ __forceinline__ float value(int i, int zero, int sum_x) const {
-        return static_cast<float>(of_high[i] * 256 + of_low[i] - zero * sum_x);
-    }
-};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] = static_cast<float>(of_high[i] * 256 + of_low[i]);
+}
 
 template <Format kFormat, Scaling kScaling, class Slice, bool kNorm, int kNTiles, int kMTiles>
 __device__ __forceinline__ void multiply_quantized(const SkinnyParams& p, const Turn& turn, const ScaleRows<kFormat, kMTiles>& rows,
@@ -164,12 +156,16 @@ __device__ __forceinline__ void multiply_quantized(const SkinnyParams& p, const 
                 }
 #pragma unroll
                 for (int n = 0; n < kNTiles; ++n) {
-                    UnitSum<kFormat> part;
-                    part.add(*xs[n], low, high);
+                    int start[4] = {};  // zero points come off here
+                    float part[4];
+                    if constexpr (kHasZero)
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) start[i] = -zero[i >> 1] * sum_x[n][i & 1];
+                    sum_unit(*xs[n], low, high, start, part);
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         const float by = kGrouped ? factor[n][i & 1] * scale[i >> 1] : factor[n][i & 1];
-                        sum[m][n][i] = fmaf(part.value(i, zero[i >> 1], sum_x[n][i & 1]), by, sum[m][n][i]);
+                        sum[m][n][i] = fmaf(part[i], by, sum[m][n][i]);
                     }
                 }
             }

@@ -124,7 +124,8 @@ def test_overrides(tmp_path: Path) -> None:
 
 def test_a_size_budget(tmp_path: Path) -> None:
     total = 2 * sum(int(np.prod(SPEC.parameters()[name])) for name in [*all_matrices(SPEC), EMBEDDING])
-    manifest = built(tmp_path / "out", quantize=QuantizeOptions(size_budget=int(0.45 * total)))
+    file = tmp_path / "chosen.toml"
+    manifest = built(tmp_path / "out", quantize=QuantizeOptions(size_budget=int(0.45 * total), write_overrides=file))
     assert manifest.precision == "mixed"
     assert manifest.quantization is not None
     assert "mixed" in manifest.quantization.report
@@ -132,6 +133,9 @@ def test_a_size_budget(tmp_path: Path) -> None:
     assert "int4" in formats
     stored = sum(entry.nbytes for name, entry in manifest.files.items() if name.endswith(".safetensors"))
     assert stored < 0.45 * total
+    again = built(tmp_path / "again", quantize=QuantizeOptions(overrides=file))
+    assert again.quantization is not None
+    assert again.quantization.weights == manifest.quantization.weights
 
 
 def test_a_calibrated_build(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +151,7 @@ def test_blocks_cover_every_row_once_in_order(zoo: Zoo) -> None:
         assert np.array_equal(np.concatenate(found[name]), case.weights[name])
 
 
-def test_errors_of_a_reader_reach_the_caller_and_end_its_threads(zoo: Zoo) -> None:
-    import threading
-
+def test_errors_of_a_reader_reach_the_caller_and_no_one_reads_on(zoo: Zoo) -> None:
     class Broken(ArrayRows):
         def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
             if start:
@@ -163,10 +162,21 @@ def test_errors_of_a_reader_reach_the_caller_and_end_its_threads(zoo: Zoo) -> No
     spec = Checkpoint.open(case.checkpoint).spec
     with pytest.raises(CheckpointError, match="the disk is gone"):
         Forward(spec, Broken(case.weights)).run([1, 2])
-    list_of_blocks = read_blocks((ArrayRows(case.weights),), matrix_names(0, "down"))
-    next(list_of_blocks)
-    list_of_blocks.close()  # type: ignore[attr-defined]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-rows")]
+    reading = 0
+
+    class Counting(ArrayRows):
+        def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+            nonlocal reading
+            reading += 1
+            time.sleep(0.01)
+            found = super().rows(name, start, stop)
+            reading -= 1
+            return found
+
+    blocks = read_blocks((Counting(case.weights),), matrix_names(0, "gate_up"))
+    next(blocks)
+    blocks.close()  # type: ignore[attr-defined]
+    assert reading == 0
 
 
 def test_refusals(zoo: Zoo) -> None:

@@ -95,11 +95,11 @@ def test_errors_are_what_the_derivation_says(name: str) -> None:
     scheme = SCHEMES[name]
     generator = np.random.default_rng(0)
     weight = generator.standard_normal((256, 1024)).astype(np.float32)
-    stored = torch.from_numpy(dequantize(quantize("w", weight, scheme)))
+    stored = dequantize(quantize("w", weight, scheme))
     x = torch.from_numpy(generator.standard_normal((64, 1024)).astype(np.float32))
     check = MatrixCheck("w", scheme, (256, 1024), 64)
-    check.add_rows(0, torch.from_numpy(weight), stored, None, None)
-    check.add_outputs(x @ torch.from_numpy(weight).T, x @ stored.T)
+    assert check.add_rows(0, weight, stored, None, None) is None
+    check.add_outputs(x @ torch.from_numpy(weight).T, x @ torch.from_numpy(stored).T)
     result = check.result()
     expected = rounding_error(scheme, 1024)
     assert 0.8 * expected < result.weight_error < 1.2 * expected
