@@ -115,13 +115,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _write(name: str, found: Mapping[str, Any], num_problems: int, lost: float, limit: float, run: str) -> None:
     precision, options, _ = VARIANTS[name]
-    settings = {"model": "nano", "precision": precision, **options, "num_problems": num_problems}
-    settings |= {"max_tokens": MAX_TOKENS, "decoding": "greedy", "target": "cpu"}
+    settings = {"variant": name, "precision": precision, **options, "num_problems": num_problems}
+    settings |= {"model": "nano", "max_tokens": MAX_TOKENS, "decoding": "greedy", "target": "cpu"}
     metrics = {key: value for key, value in found.items() if not key.startswith("gate_")}
     check = {"passed": True, "what": "the build's gate" if "gate_kl_mean" in found else "none: nothing is quantized"}
     check |= {key: value for key, value in found.items() if key.startswith("gate_")}
     bars = {"lost_points": {"limit": limit, "value": round(lost, 3), "met": lost <= limit}}
-    harness.write_row(NAME, name, metrics, settings, check=check, run=run, used=harness.versions(), bars=bars)
+    harness.write_row(NAME, "qwen-rt", metrics, settings, check=check, run=run, used=harness.versions(), bars=bars)
 
 
 if __name__ == "__main__":

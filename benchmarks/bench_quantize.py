@@ -165,7 +165,7 @@ def run(model: str, precisions: Sequence[str], work: Path, results: Path | None)
         used = harness.versions("ml_dtypes")
         harness.write_row(
             NAME,
-            f"{model} {precision}",
+            "qwen-rt",
             metrics | speed,
             settings,
             check=check,

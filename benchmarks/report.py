@@ -71,6 +71,19 @@ LAYOUTS = {
         )
     ),
     "ort_weights": Layout(("create_s", "peak_rss_mb", "chain_ms", "weights_read_gb_s", "read_bandwidth_gb_s")),
+    "nano_quantized": Layout(("exact_match_ratio", "weights_mb", "throughput_tok_s")),
+    "quantize": Layout(
+        (
+            "peak_rss_gb",
+            "input_gb_s",
+            "disk_read_gb_s",
+            "disk_write_gb_s",
+            "input_gb",
+            "output_gb",
+            "weights_s",
+            "wall_s",
+        )
+    ),
     "export_72b": Layout(("wall_s", "peak_rss_gb", "graph_mb", "output_mb", "checkpoint_gb")),
 }
 """Benchmark → layout; one without an entry shows all its metrics in the order of its newest row."""

@@ -66,6 +66,7 @@ class LayerFolds:
             feeding: 1 / _column_factors(source.rows, quantized.rows, name, self._heads[name])
             for name, feeding in self._fed_by.items()
         }
+        self._of_columns = self._rows[self._value].copy()
 
     def columns(self, name: str) -> F32 | None:
         """Factors of a matrix's columns, f32[K]; None if all are 1. Rows that feed them have to have passed."""
@@ -93,10 +94,20 @@ class LayerFolds:
         expected[:] = np.where(agreed, found, 1)
         return _unless_ones(expected)
 
-    @property
-    def value_rows(self) -> F32:
-        """Factors of v_proj's rows, once they have passed: f32[Hkv·D]."""
-        return self._rows[self._value]
+    def value_rows(self, before: F32 | None, after: F32 | None) -> F32:
+        """Factors of what v_proj gives, once its rows have passed: f32[Hkv·D].
+
+        Args:
+            before: f32[Hkv·D], the source's bias; None without one.
+            after: f32[Hkv·D], the bundle's, with what the cache's offset holds of it. Where rows and columns contradict
+                each other it tells which of them are wrong.
+        """
+        rows = self._rows[self._value]
+        if before is None or after is None:
+            return rows
+        other = np.where(np.isnan(self._of_columns), rows, self._of_columns)
+        closer: F32 = np.where(np.abs(before * other - after) < np.abs(before * rows - after), other, rows)
+        return closer
 
 
 def _norm_factors(source: Forward, quantized: Forward, name: str) -> F32 | None:

@@ -80,7 +80,7 @@ def head_name(spec: ModelSpec) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Rows `start … stop - 1` of the matrix `name` from each source, f32[stop - start, K], and what was found in them."""
+    """Rows `start … stop - 1` of a matrix from each source, f32[stop - start, K], and what was found in them."""
 
     name: str
     start: int

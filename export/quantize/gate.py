@@ -154,9 +154,7 @@ class _Gate:
             outputs, errors = self._unit(self.rows, names, [step.x for step in steps], folds)
             found += errors
             if steps[0].unit == "qkv":
-                found += self._biases(index, folds)
-                if self.kv_format is not None:
-                    found.append(self._cache(index, hidden[0], outputs[0], folds))
+                found += self._behind_qkv(index, hidden[0], outputs[0], folds)
             for step, products in zip(steps, outputs, strict=True):
                 step.advance(products)
         return [step.hidden for step in steps], found
@@ -200,24 +198,39 @@ class _Gate:
             checks[block.name].add_outputs(product if block.found is None else product * block.found, found)
         return outputs, [check.result() for check in checks.values()]
 
-    def _biases(self, index: int, folds: LayerFolds) -> list[TensorError]:
-        """Compare biases; what a cache's offset holds of one is a part of it."""
-        if not self.spec.qkv_bias:
-            return []
-        found = []
-        for proj, offset in (("q", ""), ("k", key_offset_name(index)), ("v", value_offset_name(index))):
-            name = f"model.layers.{index}.self_attn.{proj}_proj.bias"
-            before, after = (forward.vector(name) for forward in self.forwards)
-            if proj == "v":
-                before = before * torch.from_numpy(folds.value_rows)
-            if offset and self.kv_format is not None:
-                after = after + self.forwards[1].vector(offset).reshape(-1)
-            found.append(_vector_error(name, after, before))
-        return found
+    def _behind_qkv(
+        self, index: int, hidden: Tensor, products: Sequence[Tensor], folds: LayerFolds
+    ) -> list[TensorError]:
+        """Compare the biases, and what the cache makes of the source's own keys and values.
 
-    def _cache(self, index: int, hidden: Tensor, products: Sequence[Tensor], folds: LayerFolds) -> TensorError:
+        Args:
+            index: The layer.
+            hidden: f32[T, C], the source's, before the layer.
+            products: Of q, k and v with the source's matrices, f32[T, N] each.
+            folds: The layer's, whose rows have passed.
+        """
+        biases = {proj: self._bias_pair(index, proj) for proj in "qkv"} if self.spec.qkv_bias else {}
+        before, after = biases.get("v", (None, None))
+        rows = torch.from_numpy(folds.value_rows(*(None if bias is None else bias.numpy() for bias in (before, after))))
+        found = [
+            _vector_error(
+                f"model.layers.{index}.self_attn.{proj}_proj.bias", stored, own * rows if proj == "v" else own
+            )
+            for proj, (own, stored) in biases.items()
+        ]
+        return found if self.kv_format is None else [*found, self._cache(index, hidden, products, rows)]
+
+    def _bias_pair(self, index: int, proj: str) -> tuple[Tensor, Tensor]:
+        """A bias of the source and of the bundle, with what the cache's offset holds of it: f32[N] each."""
+        name = f"model.layers.{index}.self_attn.{proj}_proj.bias"
+        before, after = (forward.vector(name) for forward in self.forwards)
+        offset = {"k": key_offset_name(index), "v": value_offset_name(index)}.get(proj)
+        if offset is not None and self.kv_format is not None:
+            after = after + self.forwards[1].vector(offset).reshape(-1)
+        return before, after
+
+    def _cache(self, index: int, hidden: Tensor, products: Sequence[Tensor], rows: Tensor) -> TensorError:
         """Error of the source's attention when nothing but its keys and values is rounded as the cache rounds them."""
-        rows = torch.from_numpy(folds.value_rows)
         q, k, v = products
         exact, rounded = (LayerPass(forward, index, hidden) for forward in self.forwards)
         exact.advance((q, k, v))

@@ -17,7 +17,9 @@ from qwen_rt.tolerances import gate_limit, gate_scale_limit
 __all__ = ["MatrixCheck", "mean_relative_error"]
 
 F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
 
+_SAME_DIRECTION = 0.9  # mean cosine of the groups; int4 leaves 0.99
 _PIECE_ELEMENTS = 1 << 18  # temporaries of a piece stay in a core's cache
 
 
@@ -37,9 +39,9 @@ class MatrixCheck:
         self._num_groups = 1 if scheme is None else scheme.num_groups(self._columns)
         self._error_squares = torch.zeros(num_tokens, dtype=torch.float64)
         self._output_squares = torch.zeros(num_tokens, dtype=torch.float64)
-        # Of every group ⟨ŵ, w⟩, ⟨w, w⟩ and ⟨ŵ, ŵ⟩, of every row ‖ŵ - w‖². Made at once: small pieces that are made
+        # Of every group ⟨ŵ, w⟩, ⟨w, w⟩, ⟨ŵ, ŵ⟩ and max|w|, of every row ‖ŵ - w‖². Made at once: small pieces that are made
         # between blocks and stay would break up the memory.
-        self._products, self._source_squares, self._squares = np.zeros((3, num_rows, self._num_groups), np.float32)
+        self._sums = np.zeros((4, num_rows, self._num_groups), np.float32)
         self._differences = np.zeros(num_rows, np.float32)
 
     def add_rows(
@@ -72,8 +74,9 @@ class MatrixCheck:
             self._differences[part] = np.einsum("nk,nk->n", difference, difference)
             shape = (len(before), self._num_groups, -1)
             b, a = before.reshape(shape), after.reshape(shape)
-            for sums, pair in ((self._products, (b, a)), (self._source_squares, (b, b)), (self._squares, (a, a))):
+            for sums, pair in zip(self._sums, ((b, a), (b, b), (a, a)), strict=False):
                 np.einsum("ngk,ngk->ng", *pair, out=sums[part])
+            np.maximum(b.max(-1), -b.min(-1), out=self._sums[3, part])
         return None if (factors == 1).all() else torch.from_numpy(factors)
 
     def add_outputs(self, expected: Tensor, found: Tensor) -> None:
@@ -83,13 +86,10 @@ class MatrixCheck:
 
     def result(self) -> TensorError:
         """The errors, and what seems to be wrong if they are out of limits."""
-        products, before, after = (
-            torch.from_numpy(sums).double() for sums in (self._products, self._source_squares, self._squares)
-        )
+        products, before, after, largest = self._sums.astype(np.float64)
         total = float(before.sum())
-        used = before > 0
-        gains = products[used] / before[used]
-        scale_error = _ratio(float((before[used] * (gains - 1).square()).sum()), total)
+        gains = np.divide(products, before, out=np.ones_like(before), where=before > 0)
+        scale_error = _ratio(float((before * (gains - 1) ** 2).sum()), total)
         found = TensorError(
             name=self._name,
             scheme=str(self._scheme) if self._scheme is not None else "kept",
@@ -101,7 +101,7 @@ class MatrixCheck:
         )
         if found.passed:
             return found
-        return TensorError(**{**vars(found), "cause": _cause(products, before, after)})
+        return TensorError(**{**vars(found), "cause": _cause(products, before, after, largest)})
 
 
 def mean_relative_error(error_squares: Tensor, reference_squares: Tensor) -> float:
@@ -120,34 +120,34 @@ def _ratio(squares: float, reference_squares: float) -> float:
     return math.sqrt(squares / reference_squares) if squares >= 0 else math.nan
 
 
-def _cause(products: Tensor, before: Tensor, after: Tensor) -> str:
+def _cause(products: F64, before: F64, after: F64, largest: F64) -> str:
     """Say what seems to be wrong with a matrix, from the sums of its groups: f64[N, G] each.
 
-    Where groups point the right way, only their scales can be wrong; if the lengths are those of other groups, the
-    scales are there but in another order. Where they do not, the numbers are others, or stand elsewhere.
+    Where groups point the right way only their scales can be wrong. A scale is in proportion to the largest number of
+    its group, so what each group's came out as is the gain times that; if these are the right ones in another order,
+    so are the scales. Where groups point elsewhere, their numbers are others, or stand in another order.
     """
-    if not torch.isfinite(after).all():
+    if not np.isfinite(after).all():
         return "holds NaN or infinity"
     if not after.any():
         return "all zeros"
-    if not after.sum(1).all() and before.sum(1).all():
-        return f"{int((after.sum(1) == 0).sum())} of {len(after)} rows are zeros"
-    lengths, wanted = after.sqrt(), before.sqrt()
-    cosine = float(products.sum() / (lengths * wanted).sum())
-    same_lengths = _apart(lengths.flatten().sort()[0], wanted.flatten().sort()[0]) < 0.5 * _apart(lengths, wanted)
-    if cosine < _SAME_DIRECTION:
-        # Of a permuted matrix the total length is that of the source, whatever the order of its groups.
-        same_total = abs(float((after.sum() / before.sum()).sqrt()) - 1) < 0.2
+    empty = (after.sum(1) == 0) & (before.sum(1) > 0)
+    if empty.any():
+        return f"{int(empty.sum())} of {len(after)} rows are zeros"
+    if products.sum() < _SAME_DIRECTION * np.sqrt(before * after).sum():
+        # However the numbers are ordered, their total stays.
+        same_total = abs(math.sqrt(after.sum() / before.sum()) - 1) < 0.2
         return "values in another order, or another matrix" if same_total else "other values"
-    gains = products[before > 0] / before[before > 0]
-    median = float(gains.median())
-    if float((gains - median).abs().median()) < 0.02 and abs(median - 1) > 0.02:
+    used = before > 0
+    gains = products[used] / before[used]
+    median = float(np.median(gains))
+    if np.median(np.abs(gains - median)) < 0.02 < abs(median - 1):
         return f"all scaled by {median:.3g}"
-    return "scales in another order" if same_lengths else "rounded too coarsely, or scales wrong"
+    wanted = largest[used]
+    implied = gains * wanted
+    in_order = _apart(np.sort(implied), np.sort(wanted)) < 0.5 * _apart(implied, wanted)
+    return "scales in another order" if in_order else "rounded too coarsely, or scales wrong"
 
 
-_SAME_DIRECTION = 0.9
-
-
-def _apart(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
+def _apart(a: F64, b: F64) -> float:
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
