@@ -49,6 +49,7 @@ from qwen_rt.machine import Started, gpu_probe_command, read_gpus
 from qwen_rt.plugins.library import load
 from qwen_rt.progress import Progress, progress
 from qwen_rt.runtime.cuda.cudart import Cudart
+from qwen_rt.runtime.cuda.graph import split_weights
 
 __all__ = ["Gpu", "Model", "Plan", "find_model", "measure", "open_gpu", "run"]
 
@@ -81,12 +82,16 @@ class Model:
     Attributes:
         name: As in the rows.
         shape: Its sizes.
+        precision: Of its layers' matrices.
+        floor_bytes: Stored bytes of all linear weights and the LM head.
         source: `random` or `bundle`.
         start: Loads it on a GPU; gives the session, and the seconds that it took.
     """
 
     name: str
     shape: ModelShape
+    precision: str
+    floor_bytes: int
     source: str
     start: Callable[[Gpu, Plan], contextlib.AbstractContextManager[tuple[TimedSession, float]]]
 
@@ -114,19 +119,29 @@ def open_gpu(device: int, *, with_matrix_rate: bool) -> Gpu:
     return Gpu(cuda, library.path, used, name, gpu_read_bandwidth(cuda, library), rate)
 
 
-def find_model(name: str, layers: int | None, device: int, quiet: bool = False) -> Model:
+def find_model(name: str, layers: int | None, device: int, quiet: bool = False, precision: str | None = None) -> Model:
     """Find a named shape or a bundle; opens no device.
 
+    Args:
+        name: A key of `SHAPES`, or a path.
+        layers: Of a shape, if fewer than it has.
+        device: The GPU's number.
+        quiet: No progress on stderr.
+        precision: Of a shape's layers, in its default scheme; None for bf16. Embedding and LM head are bf16.
+
     Raises:
-        UsageError: Neither, layers of a bundle, or a bundle of another target.
+        UsageError: Neither, layers or a precision of a bundle, or a bundle of another target.
         BundleError: A bundle that is not whole.
     """
     if name in SHAPES:
         shape = SHAPES[name].with_layers(layers)
         full = name if shape == SHAPES[name] else f"{name}-{shape.layers}-layers"
-        return Model(full, shape, "random", functools.partial(_start_random, shape, device, quiet))
-    if layers is not None:
-        raise UsageError(f"--layers {layers} with {name}", f"one of {', '.join(SHAPES)}", "bundles have their layers")
+        stored = precision or "bf16"
+        start = functools.partial(_start_random, shape, stored, device, quiet)
+        return Model(full, shape, stored, shape.floor_bytes_at(stored), "random", start)
+    for option, value in (("--layers", layers), ("--precision", precision)):
+        if value is not None:
+            raise UsageError(f"{option} {value} with {name}", f"one of {', '.join(SHAPES)}", "a bundle has its own")
     if not Path(name).exists():
         raise UsageError(f"model {name!r}", f"one of {', '.join(SHAPES)}, or a bundle", "check the name or the path")
     bundle = Bundle.open(name)
@@ -134,12 +149,21 @@ def find_model(name: str, layers: int | None, device: int, quiet: bool = False) 
         raise UsageError(f"{name} is of target {bundle.manifest.target}", "target cuda", "build it with --target cuda")
     shape = ModelShape.from_spec(bundle.manifest.model)
     known = next((key for key, value in SHAPES.items() if value == shape), Path(name).resolve().name)
-    return Model(known, shape, "bundle", functools.partial(_start_bundle, bundle, device, quiet))
+    start = functools.partial(_start_bundle, bundle, device, quiet)
+    return Model(known, shape, bundle.manifest.precision, floor_bytes_of(bundle), "bundle", start)
+
+
+def floor_bytes_of(bundle: Bundle) -> int:
+    """Stored bytes of a bundle's matrices and what belongs to them, but for an embedding that is not the head."""
+    spec = bundle.manifest.model
+    _, weights = split_weights(bundle.graph_file.read_bytes(), spec.num_layers)
+    table = "" if spec.tie_word_embeddings else "model.embed_tokens."
+    return sum(weight.nbytes for weight in weights if len(weight.shape) > 1 and not (table and table in weight.name))
 
 
 @contextlib.contextmanager
 def _start_random(
-    shape: ModelShape, device: int, quiet: bool, gpu: Gpu, plan: Plan
+    shape: ModelShape, precision: str, device: int, quiet: bool, gpu: Gpu, plan: Plan
 ) -> Iterator[tuple[TimedSession, float]]:
     from qwen_rt.export.lower import cuda_graph_bytes
     from qwen_rt.runtime.cuda.session import CudaSession
@@ -148,7 +172,9 @@ def _start_random(
     with tempfile.TemporaryDirectory(prefix="qwen-rt-bench-") as folder:
         write_sparse(Path(folder), shape.config(), num_shards=4)
         checkpoint = Checkpoint.open(folder)
-        graph = cuda_graph_bytes(checkpoint, plan.max_length)
+        graph = cuda_graph_bytes(
+            checkpoint, plan.max_length, **({} if precision == "bf16" else {"precision": precision})
+        )
     start = time.perf_counter()
     with CudaSession.from_graph(
         graph,
@@ -205,7 +231,7 @@ def measure(model: Model, plan: Plan, gpu: Gpu, write: Write, *, quiet: bool = F
         VerificationError: The check failed; nothing was written.
         CapacityError: It does not fit.
     """
-    settings = {"model": model.name, "weights": "bf16", "source": model.source, "layers": model.shape.layers}
+    settings = {"model": model.name, "weights": model.precision, "source": model.source, "layers": model.shape.layers}
     free_before, _ = gpu.cuda.memory_info()
     with model.start(gpu, plan) as (session, load_s):
         check = check_tokens(session)
@@ -216,7 +242,9 @@ def measure(model: Model, plan: Plan, gpu: Gpu, write: Write, *, quiet: bool = F
                 device_ms = session.time_decode(rows, prompt, plan.steps)
                 samples, step_us = time_steps(session, rows, prompt, plan.steps)
                 host_us.append(step_us)
-                metrics = decode_metrics(model.shape, rows, prompt, samples, device_ms, step_us, gpu.bandwidth)
+                metrics = decode_metrics(
+                    model.shape, model.floor_bytes, rows, prompt, samples, device_ms, step_us, gpu.bandwidth
+                )
                 write(metrics, settings | {"what": "decode", "rows": rows, "prompt": prompt}, check)
                 done.update()
             for prompt in plan.first_token_prompts:
@@ -235,6 +263,7 @@ def run(
     plan: Plan,
     *,
     layers: int | None = None,
+    precision: str | None = None,
     device: int = 0,
     output: Path | None = None,
     picture: Path | None = None,
@@ -246,6 +275,7 @@ def run(
         names: Shapes and bundles.
         plan: What is timed.
         layers: Of shapes, if fewer than they have.
+        precision: Of shapes' layers; None for bf16.
         device: The GPU's number.
         output: The file of rows; None writes none.
         picture: A drawing of the ratios, .svg or .png.
@@ -254,7 +284,7 @@ def run(
     Raises:
         QwenRtError: Something is absent, does not fit or is not correct; one line.
     """
-    models = [find_model(name, layers, device, quiet) for name in names]
+    models = [find_model(name, layers, device, quiet, precision) for name in names]
     if picture is not None and picture.suffix not in (".svg", ".png"):
         raise UsageError(f"--picture {picture.name}", "a name ending in .svg or .png", "rename it")
     if picture is not None:

@@ -222,6 +222,7 @@ def time_steps(
 
 def decode_metrics(
     shape: ModelShape,
+    floor_bytes: int,
     rows: int,
     prompt: int,
     samples_ms: Sequence[float],
@@ -232,7 +233,8 @@ def decode_metrics(
     """Return the metrics of a decode point.
 
     Args:
-        shape: The model; its weights are stored as bf16.
+        shape: The model.
+        floor_bytes: Stored bytes of all linear weights and the LM head.
         rows: Decode rows.
         prompt: Tokens of every row before the first step.
         samples_ms: Time of each step on the host's clock.
@@ -241,7 +243,7 @@ def decode_metrics(
         bandwidth: Bytes a second of plain reads, measured in this run.
     """
     itl_ms = harness.percentile(samples_ms, 0.5)
-    floor_ms = shape.floor_bytes / bandwidth * 1e3
+    floor_ms = floor_bytes / bandwidth * 1e3
     with_kv_ms = floor_ms + shape.kv_bytes(rows * (prompt + 1)) / bandwidth * 1e3
     return {
         "itl_ms": harness.summarize(samples_ms, 5),

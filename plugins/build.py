@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_rt.errors import MissingDependencyError, QwenRtError, StorageError, UsageError
-from qwen_rt.ops import DOMAIN, OPS, OpTensor, PluginOp
+from qwen_rt.ops import DOMAIN, OPS, POLYMORPHIC, OpTensor, PluginOp
 from qwen_rt.progress import format_seconds
 
 __all__ = [
@@ -69,6 +69,7 @@ _ELEMENT_TYPES = {
     "f8": 17,
 }  # TensorProto.DataType
 _ANY_TYPE = 0  # what ONNX Runtime takes for several
+_CACHE_TYPE = -1  # kCacheType of op_table.h: outputs have it too, and one of several must be said
 _INFO = re.compile(rb"abi=\d+ sources=[\w.,:=+ -]+")
 
 _HELP = """examples:
@@ -82,7 +83,9 @@ stderr a line per compiled file. Exit codes: 0 built or there already, 1 it fail
 def op_table() -> str:
     """Return the op table as C++ constants, the text of op_table.inc (structures in `csrc/ort/op_table.h`)."""
     rows = ",\n".join(_op_row(op) for op in OPS)
-    return f'#define QWEN_RT_DOMAIN "{DOMAIN}"\n\nconstexpr OpSpec kOps[] = {{\n{rows},\n}};\n'
+    types = ", ".join(str(_ELEMENT_TYPES[name]) for name in POLYMORPHIC["cache"])
+    head = f'#define QWEN_RT_DOMAIN "{DOMAIN}"\n#define QWEN_RT_CACHE_TYPES {types}\n'
+    return f"{head}\nconstexpr OpSpec kOps[] = {{\n{rows},\n}};\n"
 
 
 def _op_row(op: PluginOp) -> str:
@@ -103,8 +106,9 @@ def _op_row(op: PluginOp) -> str:
 def _tensor_row(op: PluginOp, tensor: OpTensor, symbols: Sequence[str]) -> str:
     alias = -1 if tensor.alias is None else [other.name for other in op.inputs].index(tensor.alias)
     sizes = ", ".join(_size(size, symbols) for size in tensor.shape)
+    element_type = _CACHE_TYPE if tensor.dtype == "cache" else _ELEMENT_TYPES.get(tensor.dtype, _ANY_TYPE)
     return (
-        f"{{{json.dumps(tensor.name)}, {_ELEMENT_TYPES.get(tensor.dtype, _ANY_TYPE)}, {_flag(tensor.optional)},"
+        f"{{{json.dumps(tensor.name)}, {element_type}, {_flag(tensor.optional)},"
         f" {alias}, {_flag(tensor.may_alias)}, {len(tensor.shape)}, {{{sizes}}}}}"
     )
 

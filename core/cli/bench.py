@@ -27,6 +27,7 @@ example:
 """
 
 MODELS = ("0.5b", "1.5b", "7b", "72b")
+PRECISIONS = ("bf16", "fp8", "int8", "int4")
 _KERNELS_EPILOG = """\
 example:
   qwen-rt bench kernels
@@ -137,6 +138,7 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--op", nargs="+", choices=ops, default=ops, metavar="OP", help=f"some of {', '.join(ops)}")
     parser.add_argument("--step", action="store_true", help="also time all ops of a decode step chained in one graph")
+    _add_precision(parser, "bf16")
     _add_output(parser, "kernels")
 
 
@@ -173,10 +175,20 @@ def _add_latency(parser: argparse.ArgumentParser) -> None:
         help="prompts to the first token (default: 6144)",
     )
     parser.add_argument("--layers", type=_tokens, metavar="N", help="fewer layers than the shape has")
+    _add_precision(parser, None)
     parser.add_argument("--steps", type=_tokens, default=64, metavar="N", help="decode steps of a figure (default: 64)")
     parser.add_argument("--device", type=int, default=0, metavar="N", help="which GPU (default: 0)")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the ratios, .svg or .png")
     _add_output(parser, "latency")
+
+
+def _add_precision(parser: argparse.ArgumentParser, default: str | None) -> None:
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default=default,
+        help="of a shape's layers, random weights; embedding and LM head stay bf16 (default: bf16)",
+    )
 
 
 def _add_timeline(parser: argparse.ArgumentParser) -> None:
@@ -225,7 +237,16 @@ def _run_kernels(args: argparse.Namespace, output: Path | None) -> int:
         _refuse_without_torch(error)
 
     what = ["ops", "step"] if args.step else ["ops"]
-    bench_kernels.run(what, args.model, args.rows, args.prompt, args.op, output=output, quiet=args.quiet)
+    bench_kernels.run(
+        what,
+        args.model,
+        args.rows,
+        args.prompt,
+        args.op,
+        output=output,
+        precision=args.precision,
+        quiet=args.quiet,
+    )
     return 0
 
 
@@ -250,6 +271,7 @@ def _run_latency(args: argparse.Namespace, output: Path | None) -> int:
         args.models,
         plan,
         layers=args.layers,
+        precision=args.precision,
         device=args.device,
         output=output,
         picture=args.picture,

@@ -10,9 +10,9 @@ A calibrated build multiplies columns of a matrix, to round them more finely, an
 | down_proj                   | up_proj                              |
 
 The model computes the same, but its matrices are no longer the source's: W' = diag(rows) · W · diag(columns). Norms are
-not quantized, so the ratio of their elements is the factor. Factors of rows are powers of two. They show in the rows
-themselves and in the columns that these feed; where the two contradict each other nothing was folded, but a scale is
-wrong, and is seen to be in the matrix that has it.
+not quantized, so the ratio of their elements is the factor. All are powers of two, which round nothing. Factors of rows
+show in the rows themselves and in the columns that these feed; where the two contradict each other nothing was folded,
+but a scale is wrong, and is seen to be in the matrix that has it.
 """
 
 from __future__ import annotations
@@ -45,13 +45,19 @@ class LayerFolds:
         source: The model as it was.
         quantized: The same model as the bundle has it.
         layer: Which layer.
+
+    Attributes:
+        norms: Name of each norm → what its elements were divided by, f32[C].
     """
 
     def __init__(self, source: Forward, quantized: Forward, layer: int) -> None:
         prefix = f"model.layers.{layer}"
         spec = source.spec
-        into_qkv = _norm_factors(source, quantized, f"{prefix}.input_layernorm.weight")
-        into_mlp = _norm_factors(source, quantized, f"{prefix}.post_attention_layernorm.weight")
+        self.norms = {
+            f"{prefix}.{norm}.weight": _norm_factors(source, quantized, f"{prefix}.{norm}.weight")
+            for norm in ("input_layernorm", "post_attention_layernorm")
+        }
+        into_qkv, into_mlp = (_unless_ones(factors) for factors in self.norms.values())
         self._columns: dict[str, F32 | None] = {
             **{f"{prefix}.self_attn.{name}_proj.weight": into_qkv for name in "qkv"},
             **{f"{prefix}.mlp.{name}_proj.weight": into_mlp for name in ("gate", "up")},
@@ -63,7 +69,7 @@ class LayerFolds:
         # The query heads of a group share their values, so their columns have the same factors.
         self._heads = {out: (spec.num_kv_heads, group, spec.head_dim), down: (1, 1, spec.intermediate_size)}
         self._rows = {
-            feeding: 1 / _column_factors(source.rows, quantized.rows, name, self._heads[name])
+            feeding: np.reciprocal(_column_factors(source.rows, quantized.rows, name, self._heads[name]))
             for name, feeding in self._fed_by.items()
         }
         self._of_columns = self._rows[self._value].copy()
@@ -74,7 +80,7 @@ class LayerFolds:
             return self._columns[name]
         kv_heads, group, width = self._heads[name]
         rows = self._rows[self._fed_by[name]].reshape(kv_heads, 1, width)
-        return _unless_ones((1 / np.repeat(rows, group, 1)).reshape(-1))
+        return _unless_ones(np.reciprocal(np.repeat(rows, group, 1)).reshape(-1))
 
     def rows(self, name: str, start: int, before: F32, after: F32) -> F32 | None:
         """Factors of some rows, f32[n]; None if all are 1. Threads may ask for different rows side by side.
@@ -110,14 +116,17 @@ class LayerFolds:
         return closer
 
 
-def _norm_factors(source: Forward, quantized: Forward, name: str) -> F32 | None:
-    """What a norm was divided by; 1 where either weight is 0."""
+@np.errstate(invalid="ignore", over="ignore")
+def _norm_factors(source: Forward, quantized: Forward, name: str) -> F32:
+    """What a norm was divided by, to the nearest power of two; 1 where either weight is 0, or their signs differ."""
     before, after = source.vector(name).numpy(), quantized.vector(name).numpy()
-    factors = np.ones_like(before)
-    np.divide(before, after, out=factors, where=(before != 0) & (after != 0))
-    return _unless_ones(factors)
+    ratio = np.divide(before, after, out=np.ones_like(before), where=(before != 0) & (after != 0))
+    usable = np.isfinite(ratio) & (ratio > 0)
+    factors: F32 = np.exp2(np.rint(np.log2(np.where(usable, ratio, 1)))).astype(np.float32)
+    return factors
 
 
+@np.errstate(invalid="ignore", over="ignore")
 def _column_factors(source: RowSource, quantized: RowSource, name: str, heads: tuple[int, int, int]) -> F32:
     """What columns were multiplied by, by the first rows: f32[Hkv·D], NaN where they do not tell."""
     sums = np.zeros((3, heads[0] * heads[2]), np.float32)

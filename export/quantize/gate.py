@@ -148,7 +148,7 @@ class _Gate:
         """Run a layer of both; hidden: f32[T, C] of source and quantized."""
         steps = [forward.layer(index, state) for forward, state in zip(self.forwards, hidden, strict=True)]
         folds = LayerFolds(*self.forwards, index)
-        found: list[TensorError] = []
+        found = [self._norm(name, torch.from_numpy(factors)) for name, factors in folds.norms.items()]
         while steps[0].unit:
             names = steps[0].names
             outputs, errors = self._unit(self.rows, names, [step.x for step in steps], folds)
@@ -187,7 +187,8 @@ class _Gate:
         outputs = tuple([own.new_empty(len(own), shapes[name][0]) for name in names] for _ in inputs)
 
         def inspect(name: str, start: int, rows: Sequence[NDArray[np.float32]]) -> Tensor | None:
-            return checks[name].add_rows(start, *rows, columns[name], folds)
+            before, after = rows
+            return checks[name].add_rows(start, before, after, columns[name], folds)
 
         for block in read_blocks(sources, names, inspect):
             before, after = block.rows
@@ -197,6 +198,11 @@ class _Gate:
             found = (own if factors is None else own / torch.from_numpy(factors)) @ after.T
             checks[block.name].add_outputs(product if block.found is None else product * block.found, found)
         return outputs, [check.result() for check in checks.values()]
+
+    def _norm(self, name: str, factors: Tensor) -> TensorError:
+        """Compare a norm with the source's, which was divided by some factors."""
+        before, after = (forward.vector(name) for forward in self.forwards)
+        return _vector_error(name, after * factors, before)
 
     def _behind_qkv(
         self, index: int, hidden: Tensor, products: Sequence[Tensor], folds: LayerFolds

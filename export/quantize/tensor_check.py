@@ -39,11 +39,12 @@ class MatrixCheck:
         self._num_groups = 1 if scheme is None else scheme.num_groups(self._columns)
         self._error_squares = torch.zeros(num_tokens, dtype=torch.float64)
         self._output_squares = torch.zeros(num_tokens, dtype=torch.float64)
-        # Of every group ⟨ŵ, w⟩, ⟨w, w⟩, ⟨ŵ, ŵ⟩ and max|w|, of every row ‖ŵ - w‖². Made at once: small pieces that are made
-        # between blocks and stay would break up the memory.
+        # Of every group ⟨ŵ, w⟩, ⟨w, w⟩, ⟨ŵ, ŵ⟩ and max|w|, of every row ‖ŵ - w‖². Made at once: small pieces that are
+        # made between blocks and stay would break up the memory.
         self._sums = np.zeros((4, num_rows, self._num_groups), np.float32)
         self._differences = np.zeros(num_rows, np.float32)
 
+    @np.errstate(invalid="ignore", over="ignore")  # what is not finite is found, and said
     def add_rows(
         self, start: int, source: F32, quantized: F32, columns: F32 | None, folds: LayerFolds | None
     ) -> Tensor | None:
@@ -131,6 +132,8 @@ def _cause(products: F64, before: F64, after: F64, largest: F64) -> str:
         return "holds NaN or infinity"
     if not after.any():
         return "all zeros"
+    if not before.any():
+        return "other values: the source has zeros"
     empty = (after.sum(1) == 0) & (before.sum(1) > 0)
     if empty.any():
         return f"{int(empty.sum())} of {len(after)} rows are zeros"

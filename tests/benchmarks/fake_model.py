@@ -35,4 +35,5 @@ def model_on(gpu: FakeGpu, weights: Path, source: str) -> Model:
         ) as session:
             yield session, 1.0
 
-    return Model("tiny", ModelShape.from_spec(spec), source, start)
+    shape = ModelShape.from_spec(spec)
+    return Model("tiny", shape, "bf16", shape.floor_bytes, source, start)

@@ -10,10 +10,27 @@ import torch
 
 from qwen_rt.benchmarks import bench_kernels
 from qwen_rt.benchmarks.kernel_shapes import ModelShape
+from qwen_rt.benchmarks.kernel_step import DecodeStep
 from qwen_rt.errors import MissingDependencyError
-from qwen_rt.ops import OPS, find_op, shape_of
+from qwen_rt.ops import OPS, POLYMORPHIC, WEIGHT_FORMATS, find_op, shape_of
 
 SHAPE = ModelShape(hidden=256, layers=2, heads=4, kv_heads=2, head_dim=64, ffn=512, vocab=1000)
+
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+    "f32": torch.float32,
+    "f8": torch.float8_e4m3fn,
+    "i8": torch.int8,
+    "u8": torch.uint8,
+    "i32": torch.int32,
+    "i64": torch.int64,
+}
+
+
+def names_of(dtype: str) -> tuple[str, ...]:
+    return POLYMORPHIC.get(dtype, (dtype,))
 
 
 class Recorder:
@@ -29,22 +46,23 @@ class Recorder:
         assert {name for name, default in row.attributes if default is None} <= set(attributes)
         dims = dict(zip(row.dims, row.dims_of(shapes), strict=True))
         for tensor in row.tensors:
-            if tensor.name in shapes and "half_dim" not in tensor.shape:
-                assert shape_of(tensor.shape, dims) == shapes[tensor.name]
-                dtype = {"bf16": torch.bfloat16, "f32": torch.float32, "i32": torch.int32, "i64": torch.int64}
-                assert tensors[tensor.name].dtype == dtype[tensor.dtype], tensor.name
+            if tensor.name in shapes:
+                assert tensors[tensor.name].dtype in {DTYPES[name] for name in names_of(tensor.dtype)}, tensor.name
+                if not {"half_dim", "columns", "zeros"} & set(tensor.shape):
+                    assert shape_of(tensor.shape, dims) == shapes[tensor.name]
         assert {t.name for t in row.outputs if not t.optional and t.alias is None} <= set(shapes)
         self.dims.setdefault(op, []).append(dims)
 
 
+@pytest.mark.parametrize("precision", WEIGHT_FORMATS)
 @pytest.mark.parametrize("op", bench_kernels.STEP_OPS)
-def test_every_op_gets_what_the_table_says(op: str) -> None:
+def test_every_op_gets_what_the_table_says(op: str, precision: str) -> None:
     """Tensors without data, as if they lay on a GPU: names, dtypes and shapes are checked, nothing runs."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     recorder: Any = Recorder()
     with FakeTensorMode():
-        cases = bench_kernels.OpCases(recorder, SHAPE, 3, 100)
+        cases = bench_kernels.OpCases(recorder, SHAPE, 3, 100, precision)
         calls, _ = cases.prepare(op)
         for call in calls[:2]:
             call()
@@ -54,6 +72,24 @@ def test_every_op_gets_what_the_table_says(op: str) -> None:
     assert dims.get("hidden", 256) == 256
     assert dims.get("vocab", 1000) == 1000
     assert dims.get("head_dim", 64) == 64
+    in_layers = op not in ("embed", "lm_head", "sample", "rope_kv_append_attention")
+    columns = 512 if op == "down_residual" else 256
+    if in_layers:
+        assert dims["groups"] == {"bf16": 0, "fp8": 1, "int8": 1, "int4": columns // 128}[precision]
+    else:
+        assert dims.get("groups", 0) == 0
+
+
+@pytest.mark.parametrize("precision", WEIGHT_FORMATS)
+def test_the_floor_is_what_is_stored(precision: str) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        recorder: Any = Recorder()
+        step = DecodeStep(recorder, SHAPE, precision=precision)
+        stored = sum(matrix.nbytes for layer in step.layers for matrix in layer.values())
+        assert stored + step.head.numel() * 2 == SHAPE.floor_bytes_at(precision)
+    assert SHAPE.floor_bytes_at("bf16") == SHAPE.floor_bytes
 
 
 def test_all_ops_of_the_table_are_timed() -> None:

@@ -71,17 +71,21 @@ def test_the_check_finds_a_wrong_model(session: FakeSession, message: str) -> No
 
 def test_the_arithmetic_of_a_decode_point() -> None:
     """7B, 1 row at 30,720 tokens: 14.14 GB of weights, 1.76 GB of keys and values, 4.57 TB/s."""
-    metrics = decode_metrics(SHAPES["7b"], 1, 30719, [4.0, 4.0, 5.0], [3.9], 25.0, BANDWIDTH)
+    shape = SHAPES["7b"]
+    metrics = decode_metrics(shape, shape.floor_bytes, 1, 30719, [4.0, 4.0, 5.0], [3.9], 25.0, BANDWIDTH)
     assert metrics["floor_ms"] == pytest.approx(14_140_571_648 / 4.57e9)
     assert metrics["floor_with_kv_ms"] == pytest.approx((14_140_571_648 + 1_761_607_680) / 4.57e9)
     assert metrics["itl_to_floor_ratio"] == pytest.approx(4 / 3.0942, rel=1e-4)
     assert metrics["itl_to_floor_with_kv_ratio"] == pytest.approx(4 / 3.4797, rel=1e-4)
     assert metrics["itl_ms"] == {"median": 4.0, "p10": 4.0, "p90": 4.8, "n": 3}
     assert (metrics["decode_tok_s"], metrics["host_us"]) == (250.0, 25.0)
-    many = decode_metrics(SHAPES["7b"], 16, 127, [4.0], [3.9], 25.0, BANDWIDTH)
+    many = decode_metrics(shape, shape.floor_bytes, 16, 127, [4.0], [3.9], 25.0, BANDWIDTH)
     assert many["floor_ms"] == metrics["floor_ms"]
     assert many["floor_with_kv_ms"] - many["floor_ms"] == pytest.approx(16 * 128 * 57344 / 4.57e9)
     assert many["decode_tok_s"] == 4000.0
+    fp8 = decode_metrics(shape, shape.floor_bytes_at("fp8"), 1, 127, [2.0], [1.9], 25.0, BANDWIDTH)
+    scales = 28 * 4 * (3584 + 2 * 512 + 3584 + 2 * 18944 + 3584)
+    assert fp8["floor_ms"] == pytest.approx((6_525_288_448 + scales + 2 * 544_997_376) / 4.57e9)
 
 
 def test_the_arithmetic_of_a_prefill() -> None:
@@ -133,7 +137,7 @@ def _measured(session: FakeSession, source: str) -> list[dict[str, Any]]:
     def write(metrics: dict[str, Any], settings: dict[str, Any], check: dict[str, Any]) -> None:
         rows.append(harness.make_row("latency", "qwen-rt", metrics, settings, check=check, run="run-1", gpu=gpu))
 
-    model = bench_latency.Model("7b", SHAPES["7b"], source, start)
+    model = bench_latency.Model("7b", SHAPES["7b"], "bf16", SHAPES["7b"].floor_bytes, source, start)
     bench_latency.measure(model, PLAN, fake_gpu(), write, quiet=True)
     return rows
 

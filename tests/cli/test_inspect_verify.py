@@ -15,7 +15,7 @@ from qwen_rt.inspection import Inspection
 from .conftest import Cli
 from .kit import SHARDS, child, names, rehash
 
-QUICK = ["--num-tokens", "24", "--greedy-tokens", "4", "--quiet", "--threads", "1"]
+QUICK = ["--num-tokens", "24", "--greedy-tokens", "4", "--exact-match", "0", "--quiet", "--threads", "1"]
 
 
 def test_inspect_every_kind(bundle: Path, packed: Path, graph: Path, cli: Cli) -> None:
@@ -72,6 +72,9 @@ def test_verify_passes_and_writes_json(bundle: Path, workplace: Path, cli: Cli) 
     assert found["num_tokens"] == 24
     assert {check["passed"] for check in found["checks"]} == {True}
     assert {"qwen-rt", "onnxruntime", "torch", "transformers"} <= set(found["versions"])
+    assert found["gate"] is None
+    assert found["notes"] == ["exact match on the nano set: skipped, --exact-match 0"]
+    assert found["notes"][0] in result.out
     assert names(workplace) == {"result.json"}
 
 

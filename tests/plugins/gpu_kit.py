@@ -18,11 +18,9 @@ def nan_bf16(*shape: int) -> torch.Tensor:
     return torch.full(shape, float("nan"), dtype=torch.bfloat16, device="cuda")
 
 
-def check(
-    op: str, out: torch.Tensor, reference: torch.Tensor, *, is_prefill: bool = False, is_fine: bool = False
-) -> None:
-    """Compare an output with its reference."""
-    problem = references.problem_of(op, out, reference, is_prefill=is_prefill, is_fine=is_fine)
+def check(op: str, out: torch.Tensor, reference: torch.Tensor, **kind: bool) -> None:
+    """Compare an output with its reference; `kind` as in `kernel_references.problem_of`."""
+    problem = references.problem_of(op, out, reference, **kind)
     assert not problem, problem
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,16 +69,20 @@ def test_a_node_hands_over_its_tensors_dims_and_attributes_in_table_order(stub: 
     assert call["tensors"] == case.addresses
     assert call["attributes"] == list(attributes.values())
     assert call["workspace"] == ([case.buffers.address("workspace"), 96] if op.has_workspace else [0, 0])
-    # The stub takes a tensor of any type for one of bytes, and does not know symbols that are no dims.
-    counted = [tensor for tensor in op.inputs if not EXTRA.keys() & set(tensor.shape)]
-    total = sum(int(before[t.name][: known_bytes(t, case.buffers.shapes[t.name])].sum()) for t in counted)
+    total = sum_of_inputs(op, before, case)
     for i, tensor in enumerate(case.outputs):
         expected = before[tensor.name] + np.uint8(1) if tensor.alias and not tensor.may_alias else (total + i) % 256
         np.testing.assert_array_equal(case.buffers.data[tensor.name], expected, err_msg=tensor.name)
 
 
-def known_bytes(tensor: OpTensor, shape: Sequence[int]) -> int:
-    return math.prod(shape) * ITEM_BYTES.get(tensor.dtype, 1)
+def sum_of_inputs(op: PluginOp, data: Mapping[str, np.ndarray], case: Case) -> int:
+    """What the stub adds up: it takes a tensor of any type for one of bytes, and knows no symbols that are no dims."""
+    total = 0
+    for tensor in op.inputs:
+        if not EXTRA.keys() & set(tensor.shape):
+            known = math.prod(case.buffers.shapes[tensor.name]) * ITEM_BYTES.get(tensor.dtype, 1)
+            total += int(data[tensor.name][:known].sum())
+    return total
 
 
 QUANTIZED = {
@@ -139,13 +143,13 @@ def test_an_empty_workspace_is_none(stub: Stub) -> None:
 def test_attributes_have_the_defaults_of_the_table(stub: Stub) -> None:
     case = Case(find_op("rope_kv_append_attention"))
     case.buffers.run(case.open(stub, scale=0.125))
-    assert stub.call()["attributes"] == [0.125, 1.0, 0.0]
+    assert stub.call()["attributes"] == [0.125, 1.0, 0.0, 0.0]
 
 
 def test_an_integer_attribute_is_a_number(stub: Stub) -> None:
     case = Case(find_op("rope_kv_append_attention"))
     case.buffers.run(case.open(stub, scale=2, max_length=32768))
-    assert stub.call()["attributes"] == [2.0, 1.0, 32768.0]
+    assert stub.call()["attributes"] == [2.0, 1.0, 32768.0, 0.0]
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if required_attributes(op)], ids=lambda op: op.name)
@@ -209,41 +213,55 @@ def test_a_residual_may_be_written_in_place(stub: Stub, in_place: bool) -> None:
         case.buffers.share("out", "residual")
     case.buffers.run(case.open(stub))
     call = stub.call()
-    assert (call["tensors"][2] == call["tensors"][3]) is in_place
+    assert (call["tensors"][2] == call["tensors"][-1]) is in_place
 
 
 def test_onnx_runtime_writes_a_residual_in_place_where_it_knows_the_shape(stub: Stub) -> None:
     op = find_op("down_residual")
     case = Case(op)
-    x, weight, residual = op.inputs
-    nodes = [
-        node(op, ["activation", "weight", "residual", "workspace"], ["inner"]),
-        node(op, ["activation", "weight", "inner", "workspace"], ["next"]),
-        node(op, ["activation", "weight", "next", "workspace"], ["out"]),
-    ]
+    x, weight, residual = op.inputs[:3]
+    chain = [("residual", "inner"), ("inner", "next"), ("next", "out")]
+    nodes = [node(op, ["activation", "weight", a, "", "", "", "workspace"], [b]) for a, b in chain]
     inputs = {"activation": x, "weight": weight, "residual": residual, "workspace": WORKSPACE}
     shapes = {name: (residual, ["rows", 7]) for name in ("inner", "next")}
     case.buffers.run(open_session(stub, nodes, inputs, {"out": op.outputs[0]}, shapes))
     first, second, third = (call["tensors"] for call in stub.calls())
-    assert first[3] == second[2] == second[3] == third[2]
+    assert first[-1] == second[2] == second[-1] == third[2]
     assert first[2] == case.buffers.address("residual")
-    assert first[3] not in (first[2], third[3])
+    assert first[-1] not in (first[2], third[-1])
 
 
 def test_a_cache_goes_through_two_nodes_in_place(stub: Stub) -> None:
     op = find_op("rope_kv_append_attention")
     case = Case(op)
     names = [tensor.name for tensor in op.inputs]
-    second = [{"k_cache": "inner_k", "v_cache": "inner_v"}.get(name, name) for name in names]
+    caches = ["k_cache", "v_cache", "k_scales", "v_scales"]
+    second = [f"inner_{name}" if name in caches else name for name in names]
     nodes = [
-        node(op, [*names, "workspace"], ["unused", "inner_k", "inner_v"], scale=0.5),
-        node(op, [*second, "workspace"], ["out", "present_k", "present_v"], scale=0.5),
+        node(op, [*names, "workspace"], ["unused", *(f"inner_{name}" for name in caches)], scale=0.5),
+        node(op, [*second, "workspace"], [tensor.name for tensor in op.outputs], scale=0.5),
     ]
     inputs = {tensor.name: tensor for tensor in op.inputs} | {"workspace": WORKSPACE}
     case.buffers.run(open_session(stub, nodes, inputs, {tensor.name: tensor for tensor in op.outputs}))
-    pools = [case.buffers.address("k_cache"), case.buffers.address("v_cache")]
-    assert [call["tensors"][5:7] for call in stub.calls()] == [pools, pools]
-    assert [call["tensors"][8:] for call in stub.calls()] == [pools, pools]
+    pools = [case.buffers.address(name) for name in ("k_cache", "v_cache", "k_scales", "v_scales")]
+    assert [call["tensors"][5:9] for call in stub.calls()] == [pools, pools]
+    assert [call["tensors"][-4:] for call in stub.calls()] == [pools, pools]
+
+
+@pytest.mark.parametrize("dtype", POLYMORPHIC["cache"])
+def test_a_cache_of_every_type_reaches_the_kernel(stub: Stub, dtype: str) -> None:
+    op = find_op("rope_kv_append_attention")
+    absent = [tensor.name for tensor in op.tensors if tensor.optional] if dtype == "bf16" else []
+    case = Case(op, absent, dtypes={tensor.name: dtype for tensor in op.tensors if tensor.dtype == "cache"})
+    case.buffers.run(case.open(stub, scale=0.5, kv_format=1))
+    assert stub.call()["tensors"] == case.addresses
+    assert stub.call()["dims"] == case.dims
+
+
+def test_caches_of_two_types_in_one_node_are_refused(stub: Stub) -> None:
+    case = Case(find_op("rope_kv_append_attention"), dtypes={"v_cache": "f8", "present_v": "f8"})
+    with pytest.raises(Exception, match=r"Type Error|no kernel def matches|Type parameter"):
+        case.open(stub, scale=0.5)
 
 
 # ---- what is refused ----
@@ -253,8 +271,8 @@ def test_a_cache_goes_through_two_nodes_in_place(stub: Stub) -> None:
     ("name", "shape", "message"),
     [
         ("residual", (4, 7), "down_residual: residual has rows = 4; expected 3"),
-        ("weight", (7, 6), "down_residual: weight has ffn = 6; expected 5"),
-        ("weight", (7, 5, 1), "down_residual: weight has 3 axes; expected [hidden, ffn]"),
+        ("perm", (6,), "down_residual: perm has ffn = 6; expected 5"),
+        ("weight", (7, 5, 1), "down_residual: weight has 3 axes; expected [hidden, columns]"),
         ("activation", (15,), "down_residual: activation has 1 axes; expected [rows, ffn]"),
     ],
 )
@@ -262,7 +280,7 @@ def test_wrong_shapes_are_refused(stub: Stub, name: str, shape: tuple[int, ...],
     case = Case(find_op("down_residual"))
     session = case.open(stub)
     case.buffers.shapes[name] = shape
-    case.buffers.data[name] = np.zeros(2 * math.prod(shape), np.uint8)
+    case.buffers.data[name] = np.zeros(4 * math.prod(shape), np.uint8)
     with pytest.raises(Exception, match="down_residual") as error:
         case.buffers.run(session)
     assert message in message_of(error)
@@ -351,8 +369,8 @@ def test_sessions_share_the_ops_from_many_threads(stub: Stub) -> None:
             session = case.open(stub)
             for _ in range(20):
                 case.buffers.run(session)
-            inputs = sum(int(case.buffers.data[tensor.name].sum()) for tensor in op.inputs)
-            np.testing.assert_array_equal(case.buffers.data["out"], inputs % 256)
+            expected = sum_of_inputs(op, case.buffers.data, case) % 256
+            np.testing.assert_array_equal(case.buffers.data["out"], expected)
         except BaseException as error:
             failures.append(error)
 
@@ -399,8 +417,8 @@ def test_an_exported_graph_runs_op_by_op(stub: Stub, nano_portable: Path, tmp_pa
     assert len(calls) == 5 * layers + 2
     rows = [call["dims"][0] for call in calls]
     assert rows == [5] * (len(calls) - 3) + [2] * 3  # behind the last projection: one row of each sequence
-    residuals = [call["tensors"][2:] for call in calls if call["op"] in ("o_proj_residual", "down_residual")]
-    assert all(read == written for read, written in residuals), "a residual that is copied"
+    residuals = [call["tensors"] for call in calls if call["op"] in ("o_proj_residual", "down_residual")]
+    assert all(tensors[2] == tensors[-1] for tensors in residuals), "a residual that is copied"
 
 
 def test_entries_are_declared_at_their_positions() -> None:

@@ -3,7 +3,7 @@
 // Weights w are [m, k] row-major as stored, bf16 or quantized; nothing is repacked. Formats: skinny_format.cuh.
 //
 // Numerics: exact products of stored numbers with 16-bit x (skinny_format.cuh), f32 accumulators. Each of the 8 warps sums
-//   its slice (128 bytes of a row; 64 of int4) of every chunk of eight in ascending order, then the 8 sums are added in warp
+//   its slice (128 bytes of a row) of every chunk of eight in ascending order, then the 8 sums are added in warp
 //   order. That order is the same for every number of rows, in every variant: a row's result is bit for bit the same alone,
 //   among any batch mates, and on any number of SMs.
 //   With a norm, x · norm_weight is rounded to bf16 and 1 / rms is applied to the f32 sum, so that nothing waits for it.
@@ -32,7 +32,7 @@ namespace qwen_rt {
 template <Format kFormat, Scaling kScaling, int kParts>
 constexpr bool leaves_half(int n_tiles, int m_tiles, int stages, bool is_resident) {
     constexpr int kHalfBytes = 112 * 1024;
-    return n_tiles <= 2 && !is_resident && kScaling != Scaling::kFine &&
+    return (n_tiles == 1 || (n_tiles == 2 && m_tiles == 1)) && !is_resident && kScaling != Scaling::kFine &&
            kWarps * stages * stage_bytes<SliceOf<kFormat, kParts>>(m_tiles, 1) <= kHalfBytes;
 }
 
@@ -51,18 +51,18 @@ __global__ void __launch_bounds__(kSkinnyThreads, leaves_half<kFormat, kScaling,
 
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     const bool is_pairs = p.epilogue == Epilogue::kSiluGate;
-    float* squares = reinterpret_cast<float*>(shared);   // [warp][column]
-    float* sums = squares + squares_bytes(kNTiles) / 4;  // [tile][warp][column][20]
+    // Rings, resident x, norm weights, scales, squares [warp][column], sums [tile][warp][column][20].
     const int bytes_of_stage = stage_bytes<Slice>(kMTiles, kResident ? 0 : p.rows);
     const int bytes_of_x = kResident ? resident_bytes<Slice>(p.rows, p.k) : 0;
-    const uint32_t norm = smem_address(shared) + squares_bytes(kNTiles) + reduce_bytes(kNTiles, kMTiles);
-    const uint32_t scales = norm + norm_bytes(kNorm, p.k);
     [[maybe_unused]] const ScaleRow scale_row = scale_row_of(kFormat, p);
     const int bytes_of_scales = kHasScales ? scale_buffer_bytes(scale_row, kMTiles) : 0;
-    const uint32_t rings = scales + p.scale_buffers * bytes_of_scales;
-    const uint32_t resident = rings + warp * bytes_of_x;
-    const uint32_t ring = rings + kWarps * bytes_of_x + warp * kStages * bytes_of_stage;
-    const uint32_t ring_end = ring + kStages * bytes_of_stage;
+    const uint32_t base = smem_address(shared);
+    const uint32_t ring = base + warp * kStages * bytes_of_stage, ring_end = ring + kStages * bytes_of_stage;
+    const uint32_t resident = base + kWarps * kStages * bytes_of_stage + warp * bytes_of_x;
+    const uint32_t norm = base + kWarps * (kStages * bytes_of_stage + bytes_of_x);
+    const uint32_t scales = norm + norm_bytes(kNorm, p.k);
+    float* squares = reinterpret_cast<float*>(shared + (scales - base) + p.scale_buffers * bytes_of_scales);
+    float* sums = squares + squares_bytes(kNTiles) / 4;
     const int begin = static_cast<int>(static_cast<int64_t>(p.units) * blockIdx.x / gridDim.x);
     const int num_units = static_cast<int>(static_cast<int64_t>(p.units) * (blockIdx.x + 1) / gridDim.x) - begin;
     const int group_units = kMTiles * p.tile_units;
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, leaves_half<kFormat, kScaling,
     wait_for_previous_grids();
     // x of the first stages. Of few rows it goes through registers, so that it need not wait for weights that are not here yet.
     constexpr int kXCopies = kNTiles * 8 / kXOfCopy;
-    if constexpr (kNTiles == 1 && !kResident && kStages * kXCopies <= 20) {
+    if constexpr (kNTiles == 1 && !kResident && kStages * kXCopies <= 32) {
         uint4 first[kStages][kXCopies];
 #pragma unroll
         for (int s = 0; s < kStages; ++s)
@@ -215,6 +215,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, leaves_half<kFormat, kScaling,
                 load_scales(group + 1);
             } else if (group > 0) {
                 load_scales(group);
+                commit_copies();
                 wait_copies<0>();
                 __syncthreads();
             }
@@ -277,15 +278,14 @@ __global__ void __launch_bounds__(kSkinnyThreads, leaves_half<kFormat, kScaling,
         }
 
         // A tile's sums go to shared memory, one warp's beside the others', and are added up by the threads that own an output.
+        const int columns = kNTiles == 1 ? p.rows : kColumns;  // in shared memory
         const auto leave_sums = [&](float* buffer, int m, int r) {
 #pragma unroll
             for (int i = 0; i < kColumns / 8; ++i) {
                 const int n = r * (kColumns / 8) + i;
-                float* at = buffer + (warp * kColumns + i * 8 + 2 * t) * kReduceStride + g;
-                at[0] = sum[m][n][0];
-                at[kReduceStride] = sum[m][n][1];
-                at[8] = sum[m][n][2];
-                at[kReduceStride + 8] = sum[m][n][3];
+                float* at = buffer + (warp * columns + i * 8 + 2 * t) * kReduceStride + g;
+                if (kNTiles > 1 || 2 * t < columns) at[0] = sum[m][n][0], at[8] = sum[m][n][2];
+                if (kNTiles > 1 || 2 * t + 1 < columns) at[kReduceStride] = sum[m][n][1], at[kReduceStride + 8] = sum[m][n][3];
             }
         };
         const auto add_up = [&](const float* buffer, int m, int r) {
@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, leaves_half<kFormat, kScaling,
             float value = 0.f, second = 0.f, mean = 0.f;
 #pragma unroll
             for (int w = 0; w < kWarps; ++w) {
-                const float* from = buffer + (w * kColumns + my_column) * kReduceStride + my_unit;
+                const float* from = buffer + (w * columns + my_column) * kReduceStride + my_unit;
                 value += from[0];
                 if constexpr (kNorm) {
                     if (is_pairs) second += from[8];
@@ -310,10 +310,10 @@ __global__ void __launch_bounds__(kSkinnyThreads, leaves_half<kFormat, kScaling,
         };
         if constexpr (kNTiles == 1) {
 #pragma unroll
-            for (int m = 0; m < kMTiles; ++m) leave_sums(sums + m * reduce_floats(1), m, 0);
+            for (int m = 0; m < kMTiles; ++m) leave_sums(sums + m * reduce_floats(1, p.rows), m, 0);
             __syncthreads();
 #pragma unroll
-            for (int m = 0; m < kMTiles; ++m) add_up(sums + m * reduce_floats(1), m, 0);
+            for (int m = 0; m < kMTiles; ++m) add_up(sums + m * reduce_floats(1, p.rows), m, 0);
             __syncthreads();
         } else {
 #pragma unroll

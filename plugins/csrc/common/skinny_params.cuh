@@ -41,14 +41,16 @@ constexpr int kReduceStride = 20;            // floats: 16 sums of a column, pad
 
 // Columns (activation rows) whose sums are added up together.
 __host__ __device__ constexpr int reduce_columns(int n_tiles) { return n_tiles == 1 ? 8 : 16; }
-__host__ __device__ constexpr int reduce_floats(int n_tiles) { return kWarps * reduce_columns(n_tiles) * kReduceStride; }
-// Of up to 8 rows all tiles of a group are added up between two barriers; of more, one after another.
-__host__ __device__ constexpr int reduce_bytes(int n_tiles, int m_tiles) {
-    return reduce_floats(n_tiles) * 4 * (n_tiles == 1 ? m_tiles : 1);
+// Of up to 8 rows all tiles of a group are added up between two barriers, columns of rows only; of more, one after another.
+__host__ __device__ constexpr int reduce_floats(int n_tiles, int rows) {
+    return kWarps * (n_tiles == 1 ? rows : reduce_columns(n_tiles)) * kReduceStride;
+}
+__host__ __device__ constexpr int reduce_bytes(int n_tiles, int m_tiles, int rows) {
+    return reduce_floats(n_tiles, rows) * 4 * (n_tiles == 1 ? m_tiles : 1);
 }
 __host__ __device__ constexpr int squares_bytes(int n_tiles) { return kWarps * n_tiles * 8 * 4; }
-// Norm weights, up to the end of the last slice.
-__host__ __device__ constexpr int norm_bytes(bool has_norm, int k) { return has_norm ? (k * 2 + 255) / 256 * 256 : 0; }
+// Norm weights, up to the end of the last slice of any format.
+__host__ __device__ constexpr int norm_bytes(bool has_norm, int k) { return has_norm ? (k * 2 + 511) / 512 * 512 : 0; }
 // What a warp keeps of one turn: weights of all tiles of a group, and x (rows 0: where x is resident).
 template <class Slice>
 __host__ __device__ constexpr int stage_bytes(int m_tiles, int rows) {
@@ -144,10 +146,12 @@ __device__ __forceinline__ void copy_scales(const SkinnyParams& p, ScaleRow size
 template <Format kFormat, int kMTiles>
 struct ScaleRows {
     const unsigned char* scales[kMTiles][2];
-    const unsigned char* zeros[kMTiles][2];  // null: symmetric
+    const unsigned char* zeros[kMTiles][2];
+    bool is_symmetric;
 
     __device__ __forceinline__ void find(const SkinnyParams& p, ScaleRow size, Units u, int g, const unsigned char* buffer) {
         const int stride = padded_row(size.bytes), zero_stride = padded_row(size.zero_bytes);
+        is_symmetric = size.zero_bytes == 0;
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m)
 #pragma unroll
@@ -158,15 +162,15 @@ struct ScaleRows {
                 };
                 const int place = m * 16 + g + 8 * h;
                 scales[m][h] = buffer + place * stride + shift(p.scale[row.matrix], size.bytes);
-                zeros[m][h] = size.zero_bytes == 0 ? nullptr
-                                                   : buffer + kMTiles * 16 * stride + place * zero_stride +
-                                                         shift(p.zero[row.matrix], size.zero_bytes);
+                zeros[m][h] = buffer + kMTiles * 16 * stride + place * zero_stride + shift(p.zero[row.matrix], size.zero_bytes);
             }
     }
 
     __device__ __forceinline__ float scale(int m, int h, int group) const { return scale_at<kFormat>(scales[m][h], group); }
 
-    __device__ __forceinline__ int zero(int m, int h, int group) const { return zero_at<kFormat>(zeros[m][h], group); }
+    __device__ __forceinline__ int zero(int m, int h, int group) const {
+        return is_symmetric ? zero_at<kFormat>(nullptr, 0) : zero_at<kFormat>(zeros[m][h], group);
+    }
 };
 
 // ---------------------------------------------------------------- the end of a sum

@@ -121,7 +121,8 @@ template <Format kFormat, Scaling kScaling, class Slice, bool kNorm, int kNTiles
 __device__ __forceinline__ void multiply_quantized(const SkinnyParams& p, const Turn& turn, const ScaleRows<kFormat, kMTiles>& rows,
                                                    float (&square_sum)[kNTiles], float (&sum)[kMTiles][kNTiles][4]) {
     constexpr bool kGrouped = kScaling == Scaling::kGroups, kHasZero = kGrouped && kFormat != Format::kFp8;
-#pragma unroll
+    constexpr int kTogether = kFormat == Format::kInt4 ? 1 : Slice::kUnits;  // as many as registers are enough for
+#pragma unroll kTogether
     for (int unit = 0; unit < Slice::kUnits; ++unit) {
         // Of the columns 2t and 2t + 1 of every eight: the lanes that hold those rows tell.
         float factor[kNTiles][2];
@@ -146,7 +147,7 @@ __device__ __forceinline__ void multiply_quantized(const SkinnyParams& p, const 
                 uint32_t low[4], high[4];
                 load_rows<Slice>(turn, m, unit, low, high);
                 float scale[2] = {1.f, 1.f};
-                int zero[2] = {};
+                [[maybe_unused]] int zero[2] = {};
                 if constexpr (kGrouped) {
 #pragma unroll
                     for (int h = 0; h < 2; ++h) {

@@ -9,18 +9,24 @@ namespace qwen_rt {
 constexpr int kMaxGroup = 16;  // heads of one kv head, at most
 constexpr float kLog2e = 1.4426950408889634f;
 
+enum class KvFormat { kBf16 = 0, kFp8 = 1, kInt8 = 2 };  // kv_format of core/ops.py
+
 struct AttentionArguments {
     const bf16* qkv;
     const int64_t* positions;
     const int32_t* query_starts;
     const float* inv_freq;
     const int32_t* block_tables;
-    bf16 *k_cache, *v_cache, *out;
+    void *k_cache, *v_cache;  // bf16, or bytes with scales
+    float *k_scales, *v_scales;
+    const float *k_offset, *v_offset;  // or null
+    bf16* out;
     void* counters;  // QWEN_RT_COUNTER_BYTES of zeros, left zero
     void* scratch;
-    int64_t rows, sequences, num_blocks, max_length;
+    int64_t rows, sequences, num_blocks, max_length, capacity;  // capacity: positions that a block table can hold
     int heads, kv_heads, head_dim, block_size, max_blocks;
     float scale, rope_scaling;
+    KvFormat kv_format;
 };
 
 // Byte offset of 16-byte chunk `chunk` of row `row` in a tile of rows of kD: eight rows of one chunk fall on all banks.
@@ -48,8 +54,18 @@ __device__ __forceinline__ QueryTile find_query_tile(const int32_t* query_starts
 int64_t scratch_attention_decode(const Device& device, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim);
 int32_t launch_attention_decode(const QwenRtCall& call, const Device& device, const AttentionArguments& a);
 
-// Sequences of any number of rows: rope and cache write, then attention; on SM 9.0 by wgmma.
+int64_t scratch_attention_decode_8bit(const Device& device, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim);
+int32_t launch_attention_decode_8bit(const QwenRtCall& call, const Device& device, const AttentionArguments& a);
+
+// Sequences of any number of rows: rope and cache write, then attention.
 int32_t launch_attention_prefill(const QwenRtCall& call, const Device& device, const AttentionArguments& a);
+
+int64_t scratch_attention_prefill_8bit(int64_t sequences, int64_t capacity, int64_t kv_heads, int64_t head_dim);
+int32_t launch_attention_prefill_8bit(const QwenRtCall& call, const Device& device, const AttentionArguments& a);
+
+// The attention of a prefill alone: turned queries stand in `out`, keys and values in the caches; all of them bf16, or f16
+// where the format says that they come from bytes. On SM 9.0 by wgmma.
+int32_t launch_attention_over_cache(const QwenRtCall& call, const Device& device, const AttentionArguments& a);
 int32_t launch_attention_prefill_sm90(const QwenRtCall& call, const Device& device, const AttentionArguments& a);
 
 }  // namespace qwen_rt

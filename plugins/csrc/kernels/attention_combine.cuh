@@ -1,58 +1,94 @@
-// The end of attention_decode.cu: the sums of all pieces of a row become its output.
+// How the decode kernels cut the tokens of a row into pieces, and how the sums of all pieces become its output.
 #pragma once
 
 #include "attention.cuh"
 
 namespace qwen_rt {
 
+// ---------------------------------------------------------------- cutting
+
 constexpr int kAttentionWarps = 8;
 constexpr int kMaxPieces = 96;   // of a row
 constexpr int kFactorSlots = 4;  // pieces of a lane; 32 lanes hold kMaxPieces, padded to a multiple of kBatch
+constexpr int kMinPiece = 256;   // tokens: below, combining pieces costs more than they win
+constexpr int kPieceStep = 64;   // tokens
 
-struct AttentionParams {
-    const bf16* qkv;
-    const int64_t* positions;
-    const float* inv_freq;
-    const int32_t* block_tables;
-    bf16 *k_cache, *v_cache, *out;
-    float* partial;       // [rows, kv_heads, max_pieces, group, D]
-    float2* partial_max;  // [rows, kv_heads, max_pieces, group]: maximum and sum
-    uint32_t* counters;   // [rows, kv_heads]
-    int heads, kv_heads, group, block_size, max_blocks, max_pieces;
-    float scale, rope_scaling;
+// Pieces of a long row: with one row, every SM gets one block. `units`: blocks that a piece takes.
+inline int max_pieces_of(int num_sms, int64_t units) {
+    return units >= num_sms ? 1 : static_cast<int>(num_sms / units < kMaxPieces ? num_sms / units : kMaxPieces);
+}
+
+__host__ __device__ inline int piece_of(int64_t length, int max_pieces) {
+    const int64_t even = (length + max_pieces - 1) / max_pieces;
+    const int64_t rounded = (even + kPieceStep - 1) / kPieceStep * kPieceStep;
+    return static_cast<int>(rounded > kMinPiece ? rounded : kMinPiece);
+}
+
+struct PieceGrid {
+    dim3 grid;        // pieces, units, rows
+    bool is_crowded;  // more blocks than SMs
 };
 
-// Adds up the pieces of one row and kv head in order, by the whole block.
-//   out[h] = sum_s sums[s, h] · f[s, h],  f[s, h] = exp2(max[s, h] - max_s max) / total
+// The number of pieces grows with the length up to max_pieces, then wobbles below it. More blocks than run at once would
+// mostly find no piece left: then a block takes several.
+inline PieceGrid piece_grid(const Device& device, int64_t rows, int64_t units, int max_pieces, int64_t max_length) {
+    const int64_t pieces = max_length >= static_cast<int64_t>(max_pieces) * kMinPiece ? max_pieces
+                                                                                      : (max_length + kMinPiece - 1) / kMinPiece;
+    const int64_t at_once = (2 * device.num_sms + rows * units - 1) / (rows * units);
+    return {dim3(static_cast<unsigned>(pieces < at_once ? pieces : at_once), static_cast<unsigned>(units),
+                 static_cast<unsigned>(rows)),
+            rows * units * pieces > device.num_sms};
+}
+
+inline int64_t round_up(int64_t value) { return (value + 255) / 256 * 256; }
+
+// ---------------------------------------------------------------- combining
+
+// An addition before which this block's writes (all threads', before a barrier) are visible, and after which others' are.
+__device__ __forceinline__ uint32_t add_in_order(uint32_t* counter, uint32_t value) {
+    uint32_t before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
+    return before;
+}
+
+// What the pieces of one row and unit left.
+struct PieceSums {
+    const float* sums;    // [count, stride, D]
+    const float2* maxima; // [count, stride]: maximum and sum of the weights
+    int count, stride;    // stride: heads that a piece has room for
+};
+
+// Adds the pieces up in order, by the whole block; `offset` (or null) is added to every head.
+//   out[h] = sum_s sums[s, h] · f[s, h] + offset,  f[s, h] = exp2(max[s, h] - max_s max) / total
 // kBatch: pieces whose sums a thread has under way at once; it does not change a bit. `shared` is overwritten.
 template <int kD, int kBatch>
-__device__ __forceinline__ void combine_pieces(const AttentionParams& p, int row, int kv_head, int num_pieces,
-                                               unsigned char* shared, bf16* out) {
+__device__ __forceinline__ void combine_pieces(const PieceSums& pieces, int num_heads, const float* offset, unsigned char* shared,
+                                               bf16* out) {
     constexpr int kThreads = kAttentionWarps * 32;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     // Factors of the pieces by warps, one head each, while the first sums are under way.
-    const int64_t slot0 = (static_cast<int64_t>(row) * p.kv_heads + kv_head) * p.max_pieces;
-    const int num_padded = (num_pieces + kBatch - 1) / kBatch * kBatch;
-    float* factors = reinterpret_cast<float*>(shared);  // [group][num_padded], 0 behind the pieces
-    const int num_items = p.group * kD / 4;
+    const int num_pieces = pieces.count, num_padded = (num_pieces + kBatch - 1) / kBatch * kBatch;
+    float* factors = reinterpret_cast<float*>(shared);  // [num_heads][num_padded], 0 behind the pieces
+    const int num_items = num_heads * kD / 4;
     for (int i = threadIdx.x; i < (num_items + kThreads - 1) / kThreads * kThreads; i += kThreads) {
         const int item = min(i, num_items - 1), head = item / (kD / 4), d = item % (kD / 4) * 4;
-        const float* from = p.partial + (slot0 * p.group + head) * kD + d;
+        const float* from = pieces.sums + static_cast<int64_t>(head) * kD + d;
         float4 sum = {0.f, 0.f, 0.f, 0.f};
         for (int first = 0; first < num_padded; first += kBatch) {
             float4 v[kBatch];
 #pragma unroll
             for (int s = 0; s < kBatch; ++s)
                 v[s] = __ldcg(reinterpret_cast<const float4*>(
-                    from + static_cast<int64_t>(min(first + s, num_pieces - 1)) * p.group * kD));
+                    from + static_cast<int64_t>(min(first + s, num_pieces - 1)) * pieces.stride * kD));
             if (first == 0 && i == static_cast<int>(threadIdx.x)) {
-                for (int h = warp; h < p.group; h += kAttentionWarps) {
+                for (int h = warp; h < num_heads; h += kAttentionWarps) {
                     float2 mine[kFactorSlots];
                     float highest = -INFINITY, weight_sum = 0.f;
 #pragma unroll
                     for (int k = 0; k < kFactorSlots; ++k) {
                         const int s = k * 32 + lane;
-                        mine[k] = s < num_pieces ? __ldcg(p.partial_max + (slot0 + s) * p.group + h) : make_float2(-INFINITY, 0.f);
+                        mine[k] = s < num_pieces ? __ldcg(pieces.maxima + static_cast<int64_t>(s) * pieces.stride + h)
+                                                 : make_float2(-INFINITY, 0.f);
                         highest = fmaxf(highest, mine[k].x);
                     }
 #pragma unroll
@@ -77,6 +113,8 @@ __device__ __forceinline__ void combine_pieces(const AttentionParams& p, int row
                 sum.z = fmaf(v[s].z, factor, sum.z), sum.w = fmaf(v[s].w, factor, sum.w);
             }
         }
+        if (offset != nullptr)
+            sum.x += offset[d], sum.y += offset[d + 1], sum.z += offset[d + 2], sum.w += offset[d + 3];
         if (i < num_items) *reinterpret_cast<uint2*>(out + head * kD + d) = {pack(sum.x, sum.y), pack(sum.z, sum.w)};
     }
 }

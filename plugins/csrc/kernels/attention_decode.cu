@@ -1,4 +1,4 @@
-// Attention of a decode step: one new token per row, split over the tokens of the row ("split-KV").
+// Attention of a decode step over a bf16 cache: one new token per row, split over the tokens of the row ("split-KV").
 // Op, tensors, numerics: rope_kv_append_attention.cu.
 //
 // Mapping: grid (pieces, kv_heads, rows), 8 warps. One block serves all heads of one kv head (heads / kv_heads <= 16, the
@@ -21,15 +21,20 @@ namespace qwen_rt {
 
 // ---------------------------------------------------------------- helpers
 
-constexpr int kTile = 16;        // tokens of a warp's tile
-constexpr int kMinPiece = 256;   // tokens: below, combining pieces costs more than they win
-constexpr int kPieceStep = 64;   // tokens
+constexpr int kTile = 16;  // tokens of a warp's tile
 
-__host__ __device__ inline int piece_of(int64_t length, int max_pieces) {
-    const int64_t even = (length + max_pieces - 1) / max_pieces;
-    const int64_t rounded = (even + kPieceStep - 1) / kPieceStep * kPieceStep;
-    return static_cast<int>(rounded > kMinPiece ? rounded : kMinPiece);
-}
+struct AttentionParams {
+    const bf16* qkv;
+    const int64_t* positions;
+    const float* inv_freq;
+    const int32_t* block_tables;
+    bf16 *k_cache, *v_cache, *out;
+    float* partial;       // [rows, kv_heads, max_pieces, group, D]
+    float2* partial_max;  // [rows, kv_heads, max_pieces, group]: maximum and sum
+    uint32_t* counters;   // [rows, kv_heads]
+    int heads, kv_heads, group, block_size, max_blocks, max_pieces;
+    float scale, rope_scaling;
+};
 
 template <int kD, int kStages>
 struct AttentionShared {
@@ -42,13 +47,6 @@ struct AttentionShared {
     static constexpr int kMaxSum = kCosSin + kD / 2 * 8;  // float2[warps][16]
     static constexpr int kBytes = kMaxSum + kAttentionWarps * kMaxGroup * 8;
 };
-
-// An addition before which this block's writes (all threads', before a barrier) are visible, and after which others' are.
-__device__ __forceinline__ uint32_t add_in_order(uint32_t* counter, uint32_t value) {
-    uint32_t before;
-    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
-    return before;
-}
 
 // ---------------------------------------------------------------- kernel
 
@@ -304,19 +302,14 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, kStages < 3 ? 2 : 1)
     }
     __syncthreads();
     if (!is_last) return;
-    combine_pieces<kD, kStages == 3 ? 33 : 11>(p, row, kv_head, num_pieces, shared, out);
+    const int64_t slot0 = (static_cast<int64_t>(row) * p.kv_heads + kv_head) * p.max_pieces * p.group;
+    const PieceSums pieces = {p.partial + slot0 * kD, p.partial_max + slot0, num_pieces, p.group};
+    combine_pieces<kD, kStages == 3 ? 33 : 11>(pieces, p.group, nullptr, shared, out);
 }
 
 // ---------------------------------------------------------------- launcher
 
 namespace {
-
-// Pieces of a long row: with one row, every SM gets one block.
-int max_pieces_of(int num_sms, int64_t kv_heads) {
-    return kv_heads >= num_sms ? 1 : static_cast<int>(num_sms / kv_heads < kMaxPieces ? num_sms / kv_heads : kMaxPieces);
-}
-
-int64_t round_up(int64_t value) { return (value + 255) / 256 * 256; }
 
 template <int kD, int kStages>
 int32_t launch_variant(const QwenRtCall& call, const Device& device, dim3 grid, const AttentionParams& p) {
@@ -337,8 +330,8 @@ int32_t launch_attention_decode(const QwenRtCall& call, const Device& device, co
     p.positions = a.positions;
     p.inv_freq = a.inv_freq;
     p.block_tables = a.block_tables;
-    p.k_cache = a.k_cache;
-    p.v_cache = a.v_cache;
+    p.k_cache = static_cast<bf16*>(a.k_cache);
+    p.v_cache = static_cast<bf16*>(a.v_cache);
     p.out = a.out;
     p.heads = a.heads;
     p.kv_heads = a.kv_heads;
@@ -354,19 +347,11 @@ int32_t launch_attention_decode(const QwenRtCall& call, const Device& device, co
                       (long long)(a.rows * a.kv_heads), QWEN_RT_COUNTER_BYTES / 4);
     p.partial_max = static_cast<float2*>(a.scratch);
     p.partial = reinterpret_cast<float*>(static_cast<char*>(a.scratch) + round_up(a.rows * p.max_pieces * a.heads * 8));
-    // The number of pieces grows with the length up to max_pieces, then wobbles below it.
-    const int64_t pieces = a.max_length >= static_cast<int64_t>(p.max_pieces) * kMinPiece
-                               ? p.max_pieces
-                               : (a.max_length + kMinPiece - 1) / kMinPiece;
-    const bool is_crowded = a.rows * a.kv_heads * pieces > device.num_sms ||
-                            AttentionShared<128, 3>::kBytes > device.max_shared_bytes;
-    // More blocks than run at once would mostly find no piece left: then a block takes several.
-    const int64_t at_once = (2 * device.num_sms + a.rows * a.kv_heads - 1) / (a.rows * a.kv_heads);
-    const dim3 grid(static_cast<unsigned>(pieces < at_once ? pieces : at_once), static_cast<unsigned>(a.kv_heads),
-                    static_cast<unsigned>(a.rows));
+    const PieceGrid pieces = piece_grid(device, a.rows, a.kv_heads, p.max_pieces, a.max_length);
+    const bool is_crowded = pieces.is_crowded || AttentionShared<128, 3>::kBytes > device.max_shared_bytes;
     if (a.head_dim == 64)
-        return is_crowded ? launch_variant<64, 2>(call, device, grid, p) : launch_variant<64, 3>(call, device, grid, p);
-    return is_crowded ? launch_variant<128, 1>(call, device, grid, p) : launch_variant<128, 3>(call, device, grid, p);
+        return is_crowded ? launch_variant<64, 2>(call, device, pieces.grid, p) : launch_variant<64, 3>(call, device, pieces.grid, p);
+    return is_crowded ? launch_variant<128, 1>(call, device, pieces.grid, p) : launch_variant<128, 3>(call, device, pieces.grid, p);
 }
 
 }  // namespace qwen_rt

@@ -12,10 +12,13 @@
 //   block_tables i32[sequences, max_blocks]                     in: cache block of tokens i·block_size ..; only the first
 //                                                               p / block_size + 1 of a sequence are read
 //   k_cache      bf16[num_blocks, kv_heads, block_size, D]      in and out; v_cache likewise. Tokens after p are not read
+//   k_scales, v_scales, k_offset, v_offset                      of a quantized cache: must be absent
 //   out          bf16[rows, heads · D]                          out; a position beyond the table gives NaN
 //   present_k, present_v                                        out: the caches themselves, or NULL
+//   present_k_scales, present_v_scales                          must be absent
 // Dims: rows, q_width = heads · D, kv_heads, head_dim, num_blocks, block_size, sequences, max_blocks.
-// Attributes: scale, rope_scaling, max_length (longest p + 1 that will occur; 0: what the block table can hold).
+// Attributes: scale, rope_scaling, max_length (longest p + 1 that will occur; 0: what the block table can hold), kv_format
+//   (0: bf16).
 //
 // Mapping: rows == sequences, a decode step: attention_decode.cu, split over the tokens of a row. More rows, a prefill:
 //   attention_prefill.cu writes the cache and turns q, then attends with mma.sync; on SM 9.0 attention_prefill_sm90.cu attends

@@ -30,6 +30,7 @@ constexpr int kMaxRuntimes = 8;  // copies of ONNX Runtime in one process
 
 struct BoundOp : OrtCustomOp {
     const OpSpec* spec;
+    int cache_type;  // element type that stands for kCacheType here
 };
 
 struct Kernel {
@@ -65,11 +66,16 @@ size_t num_inputs(const OrtCustomOp* op) {
 }
 size_t num_outputs(const OrtCustomOp* op) { return static_cast<size_t>(spec_of(op).num_outputs); }
 
+// 0, "undefined", is any type to ONNX Runtime. An output cannot be of any type: caches have one in every binding of the op.
+ONNXTensorElementDataType type_of(const OrtCustomOp* op, size_t tensor) {
+    const int type = spec_of(op).tensors[tensor].element_type;
+    return type == kCacheType ? static_cast<const BoundOp*>(op)->cache_type : type;
+}
 ONNXTensorElementDataType input_type(const OrtCustomOp* op, size_t index) {
-    return index < static_cast<size_t>(spec_of(op).num_inputs) ? spec_of(op).tensors[index].element_type : kUint8;
+    return index < static_cast<size_t>(spec_of(op).num_inputs) ? type_of(op, index) : kUint8;
 }
 ONNXTensorElementDataType output_type(const OrtCustomOp* op, size_t index) {
-    return spec_of(op).tensors[static_cast<size_t>(spec_of(op).num_inputs) + index].element_type;
+    return type_of(op, static_cast<size_t>(spec_of(op).num_inputs) + index);
 }
 
 OrtCustomOpInputOutputCharacteristic input_kind(const OrtCustomOp* op, size_t index) {
@@ -260,8 +266,17 @@ OrtStatus* compute(void* kernel_address, OrtKernelContext* context) {
 
 // ---- registration ----
 
+constexpr int kCacheTypes[] = {QWEN_RT_CACHE_TYPES};
+constexpr int kNumCacheTypes = sizeof(kCacheTypes) / sizeof(kCacheTypes[0]);
+
+bool has_cache(const OpSpec& spec) {
+    for (int i = 0; i < spec.num_inputs; ++i)
+        if (spec.tensors[i].element_type == kCacheType) return true;
+    return false;
+}
+
 template <int op>
-constexpr BoundOp bind_op() {
+constexpr BoundOp bind_op(int cache_type) {
     BoundOp bound = {};
     bound.version = QWEN_RT_ORT_API_VERSION;
     bound.GetName = name_of;
@@ -282,12 +297,14 @@ constexpr BoundOp bind_op() {
     bound.GetAliasMap = pairs<op, false>;
     bound.ReleaseMayInplace = bound.ReleaseAliasMap = keep_pairs;
     bound.spec = &kOps[op];
+    bound.cache_type = cache_type;
     return bound;
 }
 
+// All ops for each type of cache, one type after another.
 template <int... numbers>
 const BoundOp* bind_ops(std::integer_sequence<int, numbers...>) {
-    static constexpr BoundOp bound[] = {bind_op<numbers>()...};
+    static constexpr BoundOp bound[] = {bind_op<numbers % kNumOps>(kCacheTypes[numbers / kNumOps])...};
     return bound;
 }
 
@@ -309,12 +326,14 @@ public:
             return fail(ort, ORT_FAIL, "%s: more than %d copies of ONNX Runtime", QWEN_RT_DOMAIN, kMaxRuntimes);
         OrtCustomOpDomain* domain = nullptr;
         if (OrtStatus* status = ort.CreateCustomOpDomain(QWEN_RT_DOMAIN, &domain)) return status;
-        const BoundOp* ops = bind_ops(std::make_integer_sequence<int, kNumOps>());
-        for (int i = 0; i < kNumOps; ++i)
+        const BoundOp* ops = bind_ops(std::make_integer_sequence<int, kNumOps * kNumCacheTypes>());
+        for (int i = 0; i < kNumOps * kNumCacheTypes; ++i) {
+            if (i >= kNumOps && !has_cache(*ops[i].spec)) continue;
             if (OrtStatus* status = ort.CustomOpDomain_Add(domain, &ops[i])) {
                 ort.ReleaseCustomOpDomain(domain);
                 return status;
             }
+        }
         made_[count_++] = {&ort, domain};
         *out = domain;
         return nullptr;

@@ -9,6 +9,7 @@ constexpr int kMaxTensors = 32;
 constexpr int kMaxSymbols = 12;
 constexpr int kMaxAttributes = 4;
 constexpr int kMaxRank = 4;
+constexpr int kCacheType = -1;  // in the place of an element type: one of QWEN_RT_CACHE_TYPES, the same for a whole node
 
 // factor * product of symbols, which are numbers into OpSpec::symbols.
 struct Term {
@@ -27,7 +28,7 @@ struct Size {
 
 struct TensorSpec {
     const char* name;
-    int element_type;  // TensorProto.DataType
+    int element_type;  // TensorProto.DataType; 0: several; or kCacheType
     bool optional;
     int alias;       // of an output: number of the input whose memory it shares; -1 for none
     bool may_alias;  // whether that is allowed rather than required

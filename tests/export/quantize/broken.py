@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from qwen_rt.checkpoint import Checkpoint, to_float32
+from qwen_rt.export.quantize.gate import run_gate
+from qwen_rt.export.quantize.gate_text import gate_tokens
+from qwen_rt.gate_result import GateResult
 from qwen_rt.quantization import QuantizedTensor, Scheme, dequantize, pack_nibbles, round_fp8
 from qwen_rt.spec import ModelSpec
 
@@ -154,3 +159,36 @@ def transposed(tensor: QuantizedTensor) -> QuantizedTensor:
 def nibbles_swapped(tensor: QuantizedTensor) -> QuantizedTensor:
     """Even columns hold what odd ones should."""
     return changed(tensor, values=(tensor.values >> 4) | (tensor.values << 4))
+
+
+SCHEMES = {
+    "fp8": Scheme("fp8"),
+    "fp8-g128": Scheme("fp8", 128),
+    "int8": Scheme("int8"),
+    "int8-asymmetric": Scheme("int8", 64, symmetric=False),
+    "int4": Scheme("int4", 128),
+    "int4-g32": Scheme("int4", 32),
+    "int4-row": Scheme("int4"),
+    "int4-asymmetric": Scheme("int4", 64, symmetric=False),
+}
+
+
+class Model:
+    """A checkpoint in memory."""
+
+    def __init__(self, folder: Path | str) -> None:
+        torch.set_num_threads(1)  # more only spin: the shapes are small
+        self.checkpoint = Checkpoint.open(folder)
+        self.spec = self.checkpoint.spec
+        self.arrays = read_all(self.checkpoint)
+        self.ids, self.text = gate_tokens(self.checkpoint.path, self.spec, 96)
+        self._quantized: dict[Scheme, QuantizedRows] = {}
+
+    def gate(self, scheme: Scheme, damage: dict[str, Damage] | None = None, **options: Any) -> GateResult:
+        schemes = schemes_for(self.spec, scheme)
+        if scheme not in self._quantized:
+            self._quantized[scheme] = QuantizedRows(self.arrays, schemes)
+        return self.compare(self._quantized[scheme].damaged(self.arrays, schemes, damage or {}), schemes, **options)
+
+    def compare(self, quantized: Any, schemes: dict[str, Scheme], **options: Any) -> GateResult:
+        return run_gate(ArrayRows(self.arrays), quantized, self.spec, self.ids, schemes, text=self.text, **options)

@@ -1,4 +1,4 @@
-"""The gate: plain rounding passes in every format, and whatever is broken fails and is named."""
+"""The gate: plain rounding passes in every format, with a quantized cache, and after calibration."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from qwen_rt.checkpoint import Checkpoint
 from qwen_rt.errors import BundleError, CheckpointError
-from qwen_rt.export.quantize.gate import compare_logits, run_gate
-from qwen_rt.export.quantize.gate_text import gate_tokens
+from qwen_rt.export.quantize.gate import compare_logits
 from qwen_rt.gate_result import GateResult
 from qwen_rt.quantization import Scheme, key_offset_name, value_offset_name
 from qwen_rt.tolerances import GATE_KV_ERROR, gate_limit, gate_scale_limit, rounding_error
@@ -24,41 +21,10 @@ from qwen_rt.tolerances import GATE_KV_ERROR, gate_limit, gate_scale_limit, roun
 from ...cases import Zoo
 from ...checkpoints import SHAPES
 from . import broken
-from .broken import F32, ArrayRows, Damage, QuantizedRows, quantize, read_all, schemes_for
+from .broken import F32, SCHEMES, ArrayRows, Model, QuantizedRows, quantize, schemes_for
 
-SCHEMES = {
-    "fp8": Scheme("fp8"),
-    "fp8-g128": Scheme("fp8", 128),
-    "int8": Scheme("int8"),
-    "int8-asymmetric": Scheme("int8", 64, symmetric=False),
-    "int4": Scheme("int4", 128),
-    "int4-g32": Scheme("int4", 32),
-    "int4-row": Scheme("int4"),
-    "int4-asymmetric": Scheme("int4", 64, symmetric=False),
-}
 DOWN = "model.layers.2.mlp.down_proj.weight"
 OUT = "model.layers.1.self_attn.o_proj.weight"
-
-
-class Model:
-    """A checkpoint in memory."""
-
-    def __init__(self, folder: Path | str) -> None:
-        torch.set_num_threads(1)  # more only spin: the shapes are small
-        self.checkpoint = Checkpoint.open(folder)
-        self.spec = self.checkpoint.spec
-        self.arrays = read_all(self.checkpoint)
-        self.ids, self.text = gate_tokens(self.checkpoint.path, self.spec, 96)
-        self._quantized: dict[Scheme, QuantizedRows] = {}
-
-    def gate(self, scheme: Scheme, damage: dict[str, Damage] | None = None, **options: Any) -> GateResult:
-        schemes = schemes_for(self.spec, scheme)
-        if scheme not in self._quantized:
-            self._quantized[scheme] = QuantizedRows(self.arrays, schemes)
-        return self.compare(self._quantized[scheme].damaged(self.arrays, schemes, damage or {}), schemes, **options)
-
-    def compare(self, quantized: Any, schemes: dict[str, Scheme], **options: Any) -> GateResult:
-        return run_gate(ArrayRows(self.arrays), quantized, self.spec, self.ids, schemes, text=self.text, **options)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +39,8 @@ def test_rounding_to_nearest_passes_on_nano(name: str, nano: Model) -> None:
     assert (result.text, result.num_tokens, result.failure()) == ("built-in text", 96, "")
     assert result.decides_top1
     assert len(result.layers) == nano.spec.num_layers
-    assert len(result.tensors) == 7 * nano.spec.num_layers + 3 * nano.spec.num_layers + 3  # biases; what is outside
+    # Seven matrices, three biases and two norms a layer; the embeddings, the last norm and the head.
+    assert len(result.tensors) == 12 * nano.spec.num_layers + 3
     assert 0 < result.kl_mean < result.kl_max
 
 
@@ -106,100 +73,6 @@ def test_errors_are_what_the_derivation_says(name: str) -> None:
     assert result.output_error == pytest.approx(result.weight_error, rel=0.1)
     assert result.scale_error < gate_scale_limit(scheme, 1024) / 2
     assert result.output_error < gate_limit(scheme, 1024) / 2
-
-
-BROKEN: dict[str, tuple[Damage, str]] = {
-    "scales permuted": (broken.scales_permuted, "scales in another order"),
-    "all zeros": (broken.zeroed, "all zeros"),
-    "some rows zero": (broken.rows_zeroed, "of 512 rows are zeros"),
-    "a NaN scale": (broken.scale_is_nan, "holds NaN or infinity"),
-    "scales doubled": (broken.scales_doubled, "all scaled by 2"),
-    "transposed": (broken.transposed, "values in another order, or another matrix"),
-}
-
-
-@pytest.mark.parametrize(
-    ("scheme", "name"),
-    [
-        ("fp8", DOWN),
-        ("fp8", "model.layers.0.self_attn.v_proj.weight"),
-        ("int8", OUT),
-        ("int8", "model.layers.3.mlp.up_proj.weight"),
-        ("int4", "model.layers.0.self_attn.q_proj.weight"),
-        ("int4", DOWN),
-        ("int4-row", "model.layers.3.mlp.up_proj.weight"),
-        ("int4-row", OUT),
-    ],
-)
-@pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_matrix_is_caught_and_named(kind: str, scheme: str, name: str, nano: Model) -> None:
-    damage, cause = BROKEN[kind]
-    result = nano.gate(SCHEMES[scheme], {name: damage})
-    assert not result.passed
-    assert result.worst.name == name, result.table()
-    assert result.failures[0].startswith(f"{name}: "), result.failures
-    if kind == "some rows zero":
-        cause = cause.replace("512", str(len(nano.arrays[name])))
-    assert cause in result.failures[0], result.failures
-    layer = int(name.split(".")[2])
-    assert result.layers[layer].worst.name == name
-    assert all(other.worst.passed for other in result.layers if other.index != layer), result.table()
-    assert "OUT OF LIMITS" in result.table()
-
-
-@pytest.mark.parametrize(
-    ("damage", "cause"),
-    [(broken.scales_shifted, "scales in another order"), (broken.nibbles_swapped, "values in another order")],
-)
-def test_mistakes_of_int4_are_caught_and_named(damage: Damage, cause: str, nano: Model) -> None:
-    result = nano.gate(SCHEMES["int4-g32"], {OUT: damage})
-    assert result.failures[0].startswith(f"{OUT}: ")
-    assert cause in result.failures[0]
-
-
-@pytest.mark.parametrize("scheme", ["fp8", "int8", "int4"])
-@pytest.mark.parametrize("shape", ["heads-0.5b", "heads-72b", "odd"])
-def test_permuted_scales_are_caught_where_rows_are_alike(shape: str, scheme: str, zoo: Zoo) -> None:
-    """Rows of random weights differ little in their scales, so that little is wrong: the hardest case."""
-    model = Model(zoo.case(shape).checkpoint)
-    for name in ("model.layers.0.self_attn.k_proj.weight", "model.layers.1.mlp.gate_proj.weight"):
-        result = model.gate(SCHEMES[scheme], {name: broken.scales_permuted})
-        assert not result.passed
-        assert result.failures[0].startswith(f"{name}: "), result.table()
-        assert "scales" in result.failures[0]
-
-
-def test_a_zeroed_layer_is_named_with_all_its_matrices(nano: Model) -> None:
-    names = [name for name in nano.arrays if name.startswith("model.layers.1.") and nano.arrays[name].ndim == 2]
-    result = nano.gate(SCHEMES["int4"], dict.fromkeys(names, broken.zeroed))
-    assert result.num_failures >= 7
-    for line in result.failures[:7]:
-        assert line.startswith("model.layers.1."), result.failures
-        assert "output error 1 > " in line
-        assert "all zeros" in line
-    assert result.failure().endswith(f"(and {result.num_failures - 1} more)")
-    assert [layer.index for layer in result.layers if not layer.worst.passed] == [1]
-
-
-def test_two_matrices_exchanged_are_both_named(nano: Model) -> None:
-    first, second = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"
-    schemes = schemes_for(nano.spec, SCHEMES["int8"])
-    swapped = QuantizedRows({**nano.arrays, first: nano.arrays[second], second: nano.arrays[first]}, schemes)
-    result = nano.compare(swapped, schemes)
-    assert {line.split(":")[0] for line in result.failures[:2]} == {first, second}
-    assert all("values in another order, or another matrix" in line for line in result.failures[:2])
-
-
-@pytest.mark.parametrize(
-    "name", ["model.norm.weight", "model.layers.2.self_attn.k_proj.bias", "model.embed_tokens.weight"]
-)
-def test_what_is_not_quantized_is_compared_too(name: str, nano: Model) -> None:
-    schemes = schemes_for(nano.spec, SCHEMES["fp8"])
-    quantized = QuantizedRows(nano.arrays, schemes)
-    quantized.arrays[name] = quantized.arrays[name] * np.float32(1.1)
-    result = nano.compare(quantized, schemes)
-    assert not result.passed
-    assert f"{name}: output error 0.1 > 0.00781" in " ".join(result.failures), result.failures
 
 
 def _folded(arrays: dict[str, F32], layer: int, group: int) -> dict[str, F32]:
@@ -407,6 +280,7 @@ print(int(peak) / 2**10)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_matrices() -> None:
     """Two layers as wide as 7B: less than 1.5 of the largest matrix in float32 (272 MB) and 500 MB for the process."""
     done = subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, text=True, timeout=300, check=False)
