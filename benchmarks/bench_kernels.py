@@ -32,7 +32,7 @@ from qwen_rt.benchmarks.kernel_step import DecodeStep, OpCaller, capture
 from qwen_rt.benchmarks.latency_report import gpu_line
 from qwen_rt.benchmarks.measure import matrix_rate
 from qwen_rt.errors import MissingDependencyError, QwenRtError, VerificationError
-from qwen_rt.ops import OPS, WEIGHT_FORMATS
+from qwen_rt.ops import KV_CACHE_FORMATS, OPS, WEIGHT_FORMATS
 from qwen_rt.plugins.library import NO_DEPENDENT_LAUNCH, PluginLibrary, load
 from qwen_rt.progress import Progress
 
@@ -115,7 +115,7 @@ def bench_step(step: DecodeStep, rows: int, prompt: int, bandwidth: float) -> di
     step.prepare(rows, prompt)
     samples = step.time()
     floor_us = step.shape.floor_bytes_at(step.precision) / bandwidth * 1e6
-    kv_us = step.shape.kv_bytes(rows * (prompt + 1)) / bandwidth * 1e6
+    kv_us = step.shape.kv_bytes(rows * (prompt + 1), step.kv_format) / bandwidth * 1e6
     itl = harness.percentile(samples, 0.5)
     return {
         "itl_us": harness.summarize(samples, 5),
@@ -162,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt", nargs="+", type=int, default=[127])
     parser.add_argument("--op", nargs="+", default=list(STEP_OPS), choices=list(STEP_OPS))
     parser.add_argument("--precision", default="bf16", choices=list(WEIGHT_FORMATS))
+    parser.add_argument("--kv-cache", default="bf16", choices=list(KV_CACHE_FORMATS))
     parser.add_argument("--output", type=Path, help="file of rows (default: benchmarks/results/kernels.jsonl)")
     parser.add_argument("--dry", action="store_true", help="print, but write no rows")
     arguments = parser.parse_args(argv)
@@ -173,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.prompt,
             arguments.op,
             precision=arguments.precision,
+            kv_format=arguments.kv_cache,
             output=None if arguments.dry else harness.results_file("kernels", arguments.output),
         )
     except QwenRtError as error:
@@ -190,6 +192,7 @@ def run(
     *,
     output: Path | None,
     precision: str = "bf16",
+    kv_format: str = "bf16",
     quiet: bool = False,
 ) -> None:
     """Measure; print a table for each model and append a row for each figure.
@@ -202,6 +205,7 @@ def run(
         ops: Names in `STEP_OPS`.
         output: The file of rows; None writes none.
         precision: Of the layers' matrices, random and in its default scheme; embedding and LM head are bf16.
+        kv_format: Of the KV cache; `fp8` and `int8` have offsets.
         quiet: No progress on stderr.
 
     Raises:
@@ -239,7 +243,7 @@ def run(
             lines = []
             with Progress(len(points) * len(ops), f"{model} ops", quiet=quiet) as progress:
                 for num_rows, prompt in points:
-                    cases = OpCases(call, shape, num_rows, prompt + 1, precision)
+                    cases = OpCases(call, shape, num_rows, prompt + 1, precision, kv_format)
                     for op in ops:
                         metrics = bench_op(cases, op, bandwidth, rate)
                         num_bytes = cases.cost(op).read_bytes
@@ -247,6 +251,7 @@ def run(
                         settings = {
                             "model": model,
                             "weights": precision,
+                            "kv_cache": kv_format,
                             "rows": num_rows,
                             "prompt": prompt,
                             "bytes": num_bytes,
@@ -258,7 +263,7 @@ def run(
             print("\n".join(["", OP_TITLES, *lines]), flush=True)
         if "step" in what or "waterfall" in what:
             _run_steps(
-                DecodeStep(call, shape, precision=precision),
+                DecodeStep(call, shape, precision=precision, kv_format=kv_format),
                 model,
                 points,
                 bandwidth,
@@ -301,7 +306,13 @@ def _run_steps(
             f"with kv {metrics['itl_to_floor_with_kv_ratio']:.3f}",
             flush=True,
         )
-        settings = {"model": model, "weights": step.precision, "rows": rows, "prompt": prompt}
+        settings = {
+            "model": model,
+            "weights": step.precision,
+            "kv_cache": step.kv_format,
+            "rows": rows,
+            "prompt": prompt,
+        }
         write("step", metrics, settings, "every op by the tests marked gpu")
         if waterfall:
             whole = metrics["itl_us"]["median"]

@@ -25,7 +25,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qwen_rt.benchmarks import harness
 from qwen_rt.benchmarks.checkpoints import write_sparse
@@ -50,6 +53,10 @@ from qwen_rt.plugins.library import load
 from qwen_rt.progress import Progress, progress
 from qwen_rt.runtime.cuda.cudart import Cudart
 from qwen_rt.runtime.cuda.graph import split_weights
+from qwen_rt.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from qwen_rt.export.quantize.kv import KvPlan
 
 __all__ = ["Gpu", "Model", "Plan", "find_model", "measure", "open_gpu", "run"]
 
@@ -83,6 +90,7 @@ class Model:
         name: As in the rows.
         shape: Its sizes.
         precision: Of its layers' matrices.
+        kv_format: Of its KV cache.
         floor_bytes: Stored bytes of all linear weights and the LM head.
         source: `random` or `bundle`.
         start: Loads it on a GPU; gives the session, and the seconds that it took.
@@ -91,6 +99,7 @@ class Model:
     name: str
     shape: ModelShape
     precision: str
+    kv_format: str
     floor_bytes: int
     source: str
     start: Callable[[Gpu, Plan], contextlib.AbstractContextManager[tuple[TimedSession, float]]]
@@ -119,7 +128,14 @@ def open_gpu(device: int, *, with_matrix_rate: bool) -> Gpu:
     return Gpu(cuda, library.path, used, name, gpu_read_bandwidth(cuda, library), rate)
 
 
-def find_model(name: str, layers: int | None, device: int, quiet: bool = False, precision: str | None = None) -> Model:
+def find_model(
+    name: str,
+    layers: int | None,
+    device: int,
+    quiet: bool = False,
+    precision: str | None = None,
+    kv_format: str | None = None,
+) -> Model:
     """Find a named shape or a bundle; opens no device.
 
     Args:
@@ -128,18 +144,20 @@ def find_model(name: str, layers: int | None, device: int, quiet: bool = False, 
         device: The GPU's number.
         quiet: No progress on stderr.
         precision: Of a shape's layers, in its default scheme; None for bf16. Embedding and LM head are bf16.
+        kv_format: Of a shape's KV cache; None for bf16. The others have offsets.
 
     Raises:
-        UsageError: Neither, layers or a precision of a bundle, or a bundle of another target.
+        UsageError: Neither, layers, a precision or a cache of a bundle, or a bundle of another target.
         BundleError: A bundle that is not whole.
     """
     if name in SHAPES:
         shape = SHAPES[name].with_layers(layers)
         full = name if shape == SHAPES[name] else f"{name}-{shape.layers}-layers"
         stored = precision or "bf16"
-        start = functools.partial(_start_random, shape, stored, device, quiet)
-        return Model(full, shape, stored, shape.floor_bytes_at(stored), "random", start)
-    for option, value in (("--layers", layers), ("--precision", precision)):
+        cache = kv_format or "bf16"
+        start = functools.partial(_start_random, shape, stored, cache, device, quiet)
+        return Model(full, shape, stored, cache, shape.floor_bytes_at(stored), "random", start)
+    for option, value in (("--layers", layers), ("--precision", precision), ("--kv-cache", kv_format)):
         if value is not None:
             raise UsageError(f"{option} {value} with {name}", f"one of {', '.join(SHAPES)}", "a bundle has its own")
     if not Path(name).exists():
@@ -149,8 +167,9 @@ def find_model(name: str, layers: int | None, device: int, quiet: bool = False, 
         raise UsageError(f"{name} is of target {bundle.manifest.target}", "target cuda", "build it with --target cuda")
     shape = ModelShape.from_spec(bundle.manifest.model)
     known = next((key for key, value in SHAPES.items() if value == shape), Path(name).resolve().name)
-    start = functools.partial(_start_bundle, bundle, device, quiet)
-    return Model(known, shape, bundle.manifest.precision, floor_bytes_of(bundle), "bundle", start)
+    cache = (bundle.manifest.quantization and bundle.manifest.quantization.kv_format) or "bf16"
+    start = functools.partial(_start_bundle, bundle, cache, device, quiet)
+    return Model(known, shape, bundle.manifest.precision, cache, floor_bytes_of(bundle), "bundle", start)
 
 
 def floor_bytes_of(bundle: Bundle) -> int:
@@ -158,12 +177,27 @@ def floor_bytes_of(bundle: Bundle) -> int:
     spec = bundle.manifest.model
     _, weights = split_weights(bundle.graph_file.read_bytes(), spec.num_layers)
     table = "" if spec.tie_word_embeddings else "model.embed_tokens."
-    return sum(weight.nbytes for weight in weights if len(weight.shape) > 1 and not (table and table in weight.name))
+    matrices = [weight for weight in weights if len(weight.shape) > 1 and not weight.name.endswith(".kv_offset")]
+    return sum(weight.nbytes for weight in matrices if not (table and table in weight.name))
+
+
+def random_offsets(spec: ModelSpec, kv_format: str) -> KvPlan | None:
+    """Offsets of a few times one for every layer of a quantized cache; None for a cache of bf16."""
+    if kv_format == "bf16":
+        return None
+    from qwen_rt.export.quantize.kv import KvLayer, KvPlan
+
+    rng, size = np.random.default_rng(0), (spec.num_kv_heads, spec.head_dim)
+
+    def draw() -> NDArray[np.float32]:
+        return (3 * rng.standard_normal(size)).astype(np.float32)
+
+    return KvPlan(kv_format, tuple(KvLayer(draw(), draw(), None, None, (), ()) for _ in range(spec.num_layers)))
 
 
 @contextlib.contextmanager
 def _start_random(
-    shape: ModelShape, precision: str, device: int, quiet: bool, gpu: Gpu, plan: Plan
+    shape: ModelShape, precision: str, kv_format: str, device: int, quiet: bool, gpu: Gpu, plan: Plan
 ) -> Iterator[tuple[TimedSession, float]]:
     from qwen_rt.export.lower import cuda_graph_bytes
     from qwen_rt.runtime.cuda.session import CudaSession
@@ -172,9 +206,9 @@ def _start_random(
     with tempfile.TemporaryDirectory(prefix="qwen-rt-bench-") as folder:
         write_sparse(Path(folder), shape.config(), num_shards=4)
         checkpoint = Checkpoint.open(folder)
-        graph = cuda_graph_bytes(
-            checkpoint, plan.max_length, **({} if precision == "bf16" else {"precision": precision})
-        )
+        given = {} if precision == "bf16" else {"precision": precision}
+        kv = random_offsets(checkpoint.spec, kv_format)
+        graph = cuda_graph_bytes(checkpoint, plan.max_length, kv=kv, **given)
     start = time.perf_counter()
     with CudaSession.from_graph(
         graph,
@@ -183,7 +217,7 @@ def _start_random(
         weights=RandomWeights(gpu.library),
         device=device,
         max_rows=plan.max_rows,
-        kv_memory=plan.kv_bytes(checkpoint.spec),
+        kv_memory=plan.kv_bytes(checkpoint.spec, kv_format),
         quiet=quiet,
     ) as session:
         yield session, time.perf_counter() - start
@@ -191,7 +225,7 @@ def _start_random(
 
 @contextlib.contextmanager
 def _start_bundle(
-    bundle: Bundle, device: int, quiet: bool, gpu: Gpu, plan: Plan
+    bundle: Bundle, kv_format: str, device: int, quiet: bool, gpu: Gpu, plan: Plan
 ) -> Iterator[tuple[TimedSession, float]]:
     from qwen_rt.runtime.cuda.session import CudaSession
 
@@ -202,7 +236,7 @@ def _start_bundle(
             "shorten --prompts and --ttft, or build it with a larger --max-length",
         )
     read_files(list(bundle.weight_files.values()), quiet)
-    kv_memory = plan.kv_bytes(bundle.manifest.model)
+    kv_memory = plan.kv_bytes(bundle.manifest.model, kv_format)
     start = time.perf_counter()
     with CudaSession(bundle, device=device, max_rows=plan.max_rows, kv_memory=kv_memory, quiet=quiet) as session:
         yield session, time.perf_counter() - start
@@ -231,7 +265,8 @@ def measure(model: Model, plan: Plan, gpu: Gpu, write: Write, *, quiet: bool = F
         VerificationError: The check failed; nothing was written.
         CapacityError: It does not fit.
     """
-    settings = {"model": model.name, "weights": model.precision, "source": model.source, "layers": model.shape.layers}
+    settings = {"model": model.name, "weights": model.precision, "kv_cache": model.kv_format}
+    settings |= {"source": model.source, "layers": model.shape.layers}
     free_before, _ = gpu.cuda.memory_info()
     with model.start(gpu, plan) as (session, load_s):
         check = check_tokens(session)
@@ -243,7 +278,15 @@ def measure(model: Model, plan: Plan, gpu: Gpu, write: Write, *, quiet: bool = F
                 samples, step_us = time_steps(session, rows, prompt, plan.steps)
                 host_us.append(step_us)
                 metrics = decode_metrics(
-                    model.shape, model.floor_bytes, rows, prompt, samples, device_ms, step_us, gpu.bandwidth
+                    model.shape,
+                    model.floor_bytes,
+                    rows,
+                    prompt,
+                    samples,
+                    device_ms,
+                    step_us,
+                    gpu.bandwidth,
+                    model.kv_format,
                 )
                 write(metrics, settings | {"what": "decode", "rows": rows, "prompt": prompt}, check)
                 done.update()
@@ -264,6 +307,7 @@ def run(
     *,
     layers: int | None = None,
     precision: str | None = None,
+    kv_format: str | None = None,
     device: int = 0,
     output: Path | None = None,
     picture: Path | None = None,
@@ -276,6 +320,7 @@ def run(
         plan: What is timed.
         layers: Of shapes, if fewer than they have.
         precision: Of shapes' layers; None for bf16.
+        kv_format: Of shapes' KV caches; None for bf16.
         device: The GPU's number.
         output: The file of rows; None writes none.
         picture: A drawing of the ratios, .svg or .png.
@@ -284,7 +329,7 @@ def run(
     Raises:
         QwenRtError: Something is absent, does not fit or is not correct; one line.
     """
-    models = [find_model(name, layers, device, quiet, precision) for name in names]
+    models = [find_model(name, layers, device, quiet, precision, kv_format) for name in names]
     if picture is not None and picture.suffix not in (".svg", ".png"):
         raise UsageError(f"--picture {picture.name}", "a name ending in .svg or .png", "rename it")
     if picture is not None:

@@ -128,8 +128,10 @@ def measure(checkpoint: Path, model: str, precision: str, out: Path) -> tuple[di
         raise QwenRtError(f"build ended with {child.returncode}: {child.output[-500:]}")
     check = check_bundle(checkpoint, out)
     opened = Checkpoint.open(checkpoint)
-    quantized = Bundle.open(out, "size").manifest.quantization
-    names = quantized.weights if quantized is not None else {}
+    manifest = Bundle.open(out, "size").manifest
+    names = manifest.quantization.weights if manifest.quantization is not None else {}
+    if manifest.gate is not None and "kl_mean" in manifest.gate:
+        check |= {"gate_kl_mean": manifest.gate["kl_mean"], "gate_worst": manifest.gate["worst"]["output_error"]}
     read_bytes = sum(opened.tensors[name].nbytes for name in names)
     seconds = weights_seconds(child.output)
     return check, {

@@ -28,17 +28,26 @@ class OpCases:
         rows: Decode rows.
         length: Tokens of every row, for attention.
         precision: Of the layers' matrices.
+        kv_format: Of the KV cache.
     """
 
-    def __init__(self, call: OpCaller, shape: ModelShape, rows: int, length: int, precision: str = "bf16") -> None:
+    def __init__(
+        self,
+        call: OpCaller,
+        shape: ModelShape,
+        rows: int,
+        length: int,
+        precision: str = "bf16",
+        kv_format: str = "bf16",
+    ) -> None:
         self.call, self.shape, self.rows, self.length = call, shape, rows, length
-        self.precision = precision
-        self.step = DecodeStep(call, shape, num_layers=1, precision=precision)
+        self.precision, self.kv_format = precision, kv_format
+        self.step = DecodeStep(call, shape, num_layers=1, precision=precision, kv_format=kv_format)
         self.step.prepare(rows, length - 1, max_new=1)
 
     def cost(self, op: str) -> OpCost:
         """Return what one call of an op needs."""
-        return self.shape.op_cost(op, self.rows, self.length, self.precision)
+        return self.shape.op_cost(op, self.rows, self.length, self.precision, self.kv_format)
 
     def prepare(self, op: str) -> tuple[list[Callable[[], None]], Callable[[], str]]:
         """Return calls (one per copy of the weights), and a check of the first."""
@@ -47,9 +56,6 @@ class OpCases:
         x = step.hidden
         w, vectors = step.layers[0], step.vectors[0]
         copies = max(2, -(-COLD_BYTES // self.cost(op).read_bytes))
-
-        def cold(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-            return [tensors, *(tuple(t.clone() for t in tensors) for _ in range(copies - 1))]
 
         def tell(out: Tensor, reference: Callable[[], Tensor]) -> Callable[[], str]:
             return lambda: references.problem_of(op, out, reference())
@@ -96,7 +102,7 @@ class OpCases:
             pair = [w["gate"], w["up"]]
             with_matrices(("gate_", "up_"), pair, rest, epsilon=epsilon)
             check = tell(
-                step.activation, lambda: references.rmsnorm_gate_up_silu(x, vectors["norm2"], *pair, epsilon=epsilon)
+                step.activation, lambda: references.rmsnorm_gate_up_silu(x, vectors["norm2"], pair[0], pair[1], epsilon)
             )
         elif op == "lm_head":
             rest = {"hidden": x, "norm_weight": step.norm, "logits": step.logits}
@@ -104,14 +110,20 @@ class OpCases:
             check = tell(step.logits, lambda: references.lm_head(x, step.norm, step.head, epsilon))
         elif op == "rope_kv_append_attention":
             copies = max(1, min(64, COLD_BYTES // self.cost(op).read_bytes))
-            keys, values = step.caches[0]
+            cache = step.caches[0]
             rest = {"qkv": step.qkv, "positions": step.positions, "inv_freq": step.inv_freq}
             rest |= {"block_tables": step.tables, "out": step.attended}
             rest["query_starts"] = step.query_starts
             scale = s.head_dim**-0.5
-            with_each("k_cache v_cache", cold(keys, values), rest, scale=scale, max_length=step.max_length)
-            inputs = (step.qkv, step.positions, step.inv_freq, step.tables, keys, values)
-            check = tell(step.attended, lambda: references.attention(*inputs, scale)[0])
+            attributes = {"scale": scale, "max_length": step.max_length, "kv_format": cache.kv_format}
+            for turn in range(copies):
+                tensors = rest | (cache if turn == 0 else cache.clone()).tensors()
+                calls.append(functools.partial(self.call, op, tensors, **attributes))
+            inputs = (step.qkv, step.positions, step.inv_freq, step.tables)
+            if self.kv_format == "bf16":
+                check = tell(step.attended, lambda: references.attention(*inputs, cache.keys, cache.values, scale)[0])
+            else:
+                check = tell(step.attended, lambda: references.attention_8bit(*inputs, cache, scale)[0])
         elif op == "sample":
             step.logits.normal_()
             ids = torch.empty(rows, dtype=torch.int64, device="cuda")

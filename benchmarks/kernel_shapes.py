@@ -129,9 +129,10 @@ class ModelShape:
         """Bytes of all linear weights as stored at a precision, and of the LM head in bf16."""
         return self.layers * sum(self.layer_bytes(precision).values()) + 2 * self.hidden * self.vocab
 
-    def kv_bytes(self, tokens: int) -> int:
-        """Bytes of keys and values of `tokens` tokens in bf16, over all layers."""
-        return 4 * self.layers * self.kv_heads * self.head_dim * tokens
+    def kv_bytes(self, tokens: int, kv_format: str = "bf16") -> int:
+        """Bytes of keys and values of `tokens` tokens over all layers, and of the scales of a quantized cache."""
+        head_bytes = 2 * self.head_dim if kv_format == "bf16" else self.head_dim + 4
+        return 2 * self.layers * self.kv_heads * head_bytes * tokens
 
     @property
     def stored_bytes(self) -> int:
@@ -149,7 +150,7 @@ class ModelShape:
         attention = 2 * tokens * tokens * self.layers * self.heads * self.head_dim
         return products + attention + 2 * self.hidden * self.vocab
 
-    def op_cost(self, op: str, rows: int, length: int, precision: str = "bf16") -> OpCost:
+    def op_cost(self, op: str, rows: int, length: int, precision: str = "bf16", kv_format: str = "bf16") -> OpCost:
         """Return what one call of a decode op needs at `rows` rows that have `length` tokens each.
 
         Args:
@@ -157,6 +158,7 @@ class ModelShape:
             rows: Decode rows.
             length: Tokens of every row.
             precision: Of the layers' matrices.
+            kv_format: Of the KV cache.
 
         Raises:
             KeyError: There is no such op in a decode step.
@@ -167,8 +169,9 @@ class ModelShape:
             weights = self.hidden * self.vocab
             return OpCost(2 * weights, 2 * weights + rows * (2 * self.hidden + 4 * self.vocab), 2 * rows * weights)
         if op == "rope_kv_append_attention":
-            read = 4 * rows * kv_width * length
-            return OpCost(read, read + 2 * rows * (qkv + 2 * kv_width + q_width), 4 * rows * length * q_width)
+            layer = self.with_layers(1)
+            read, written = layer.kv_bytes(rows * length, kv_format), layer.kv_bytes(rows, kv_format)
+            return OpCost(read, read + written + 2 * rows * (qkv + q_width), 4 * rows * length * q_width)
         if op == "sample":
             read = 4 * rows * self.vocab
             return OpCost(read, read + 8 * rows, 0)

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from qwen_rt.benchmarks.kernel_shapes import ModelShape
+from qwen_rt.benchmarks.quantized_cache import random_cache
 from qwen_rt.benchmarks.quantized_matrices import Matrix, random_matrix, scheme_of
 from qwen_rt.ops import COUNTER_BYTES, find_op
 from qwen_rt.plugins.library import PluginLibrary
 
 __all__ = ["DecodeStep", "OpCaller", "capture", "random_bf16"]
+
+_OFFSET = 3.0  # size of the offsets of quantized caches
 
 
 def random_bf16(*shape: int, std: float = 1.0) -> Tensor:
@@ -94,15 +97,21 @@ class DecodeStep:
         num_layers: Fewer than the model has, for a check; None for all.
         precision: Of the layers' matrices: `bf16`, `fp8`, `int8` or `int4`, in its default scheme. Embedding and LM
             head are bf16.
+        kv_format: Of the KV cache: `bf16`, `fp8` or `int8`, the last two with offsets.
     """
 
     block_size = 64
     epsilon = 1e-6
 
     def __init__(
-        self, caller: OpCaller, shape: ModelShape, num_layers: int | None = None, precision: str = "bf16"
+        self,
+        caller: OpCaller,
+        shape: ModelShape,
+        num_layers: int | None = None,
+        precision: str = "bf16",
+        kv_format: str = "bf16",
     ) -> None:
-        self.call, self.shape, self.precision = caller, shape, precision
+        self.call, self.shape, self.precision, self.kv_format = caller, shape, precision, kv_format
         self.num_layers = shape.layers if num_layers is None else num_layers
         s, q_width, kv_width = shape, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         scheme, std = scheme_of(precision), 0.02
@@ -135,10 +144,10 @@ class DecodeStep:
         self.rows, self.prompt, self.max_length = rows, prompt, prompt + max_new
         blocks_per_row = -(-self.max_length // self.block_size)
         # One cache for every layer while that fits easily; else layers take turns on fewer, still far beyond L2.
-        bytes_per_layer = rows * blocks_per_row * self.block_size * s.kv_heads * s.head_dim * 4
+        bytes_per_layer = s.with_layers(1).kv_bytes(rows * blocks_per_row * self.block_size, self.kv_format)
         num_caches = max(1, min(self.num_layers, (12 << 30) // bytes_per_layer))
         cache = (rows * blocks_per_row, s.kv_heads, self.block_size, s.head_dim)
-        self.caches = [(random_bf16(*cache), random_bf16(*cache)) for _ in range(num_caches)]
+        self.caches = [random_cache(self.kv_format, *cache, offset=_OFFSET) for _ in range(num_caches)]
         tables = torch.randperm(rows * blocks_per_row, device="cuda").int()
         self.tables = tables.view(rows, blocks_per_row).contiguous()
         self.ids = torch.randint(s.vocab, (rows,), device="cuda")
@@ -164,7 +173,7 @@ class DecodeStep:
         hidden = self.hidden
         call("embed", {"ids": self.ids, "table": self.table, "out": hidden})
         for index, w in enumerate(self.layers):
-            k_cache, v_cache = self.caches[index % len(self.caches)]
+            cache = self.caches[index % len(self.caches)]
             vectors, stored = self.vectors[index], {"weight_format": w["q"].weight_format}
             call("rmsnorm_qkv", self.qkv_tensors(w, vectors), epsilon=self.epsilon, **stored)
             call(
@@ -175,12 +184,12 @@ class DecodeStep:
                     "query_starts": self.query_starts,
                     "inv_freq": self.inv_freq,
                     "block_tables": self.tables,
-                    "k_cache": k_cache,
-                    "v_cache": v_cache,
                     "out": self.attended,
+                    **cache.tensors(),
                 },
                 scale=self.shape.head_dim**-0.5,
                 max_length=self.max_length,
+                kv_format=cache.kv_format,
             )
             residual = {"residual": hidden, "out": hidden}
             call("o_proj_residual", {"attention": self.attended, **w["o"].tensors(), **residual}, **stored)

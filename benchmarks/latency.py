@@ -15,7 +15,7 @@ from qwen_rt.benchmarks import harness
 from qwen_rt.benchmarks.kernel_shapes import ModelShape
 from qwen_rt.errors import VerificationError
 from qwen_rt.ops import BLOCK_SIZE
-from qwen_rt.runtime.cuda.memory import MemoryReport
+from qwen_rt.runtime.cuda.memory import MemoryReport, block_bytes
 from qwen_rt.runtime.cuda.weights import LoadStats
 from qwen_rt.runtime.executor import PagedExecutor, RowState
 from qwen_rt.runtime.sampling_params import SamplingParams
@@ -86,7 +86,7 @@ class Plan:
         """Rows that the session must take; the check needs two."""
         return max(*self.rows, 2)
 
-    def kv_bytes(self, spec: ModelSpec) -> int:
+    def kv_bytes(self, spec: ModelSpec, kv_format: str = "bf16") -> int:
         """Bytes of a cache that holds the largest point, and the scratch block."""
 
         def blocks(prompt: int) -> int:
@@ -94,7 +94,7 @@ class Plan:
 
         most = max(rows * blocks(prompt) for rows, prompt in self.points)
         num_blocks = 1 + max(most, self.max_length // BLOCK_SIZE)
-        return num_blocks * BLOCK_SIZE * spec.kv_bytes_per_token("bfloat16")
+        return num_blocks * block_bytes(spec, kv_format)
 
 
 class TimedSession(PagedExecutor, Protocol):
@@ -229,6 +229,7 @@ def decode_metrics(
     device_ms: Sequence[float],
     host_us: float,
     bandwidth: float,
+    kv_format: str = "bf16",
 ) -> dict[str, Any]:
     """Return the metrics of a decode point.
 
@@ -241,10 +242,11 @@ def decode_metrics(
         device_ms: Time of each step on the device's, launched back to back.
         host_us: What the host spent on a step.
         bandwidth: Bytes a second of plain reads, measured in this run.
+        kv_format: Of the KV cache.
     """
     itl_ms = harness.percentile(samples_ms, 0.5)
     floor_ms = floor_bytes / bandwidth * 1e3
-    with_kv_ms = floor_ms + shape.kv_bytes(rows * (prompt + 1)) / bandwidth * 1e3
+    with_kv_ms = floor_ms + shape.kv_bytes(rows * (prompt + 1), kv_format) / bandwidth * 1e3
     return {
         "itl_ms": harness.summarize(samples_ms, 5),
         "device_ms": harness.summarize(device_ms, 5),

@@ -117,18 +117,10 @@ def random_matrix(
     if scheme is None:
         return bf16_matrix(torch.empty(rows, columns, dtype=torch.bfloat16, device="cuda").normal_(0.0, std))
     groups = scheme.num_groups(columns)
-    dtype = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}[scheme.format]
-    weight = torch.empty(rows, columns // 2 if scheme.format == "int4" else columns, dtype=dtype, device="cuda")
-    for start in range(0, rows, _BLOCK_ROWS):
-        block = weight[start : start + _BLOCK_ROWS]
-        if scheme.format == "int4":
-            block.random_(0, 256)
-        elif scheme.format == "int8":
-            block.copy_(torch.empty(block.shape, device="cuda").normal_(0.0, 36.0).round_().clamp_(-128, 127))
-        else:
-            block.copy_(torch.empty(block.shape, device="cuda").normal_(0.0, 120.0).clamp_(-_MAX_FP8, _MAX_FP8))
-    spread = {"fp8": 120.0, "int8": 36.0, "int4": 4.6}[scheme.format]
-    scale = torch.empty(rows, groups, device="cuda").uniform_(0.7, 1.3) * (std / spread)
+    starts = range(0, rows, _BLOCK_ROWS)
+    weight = torch.cat([_numbers(scheme.format, min(_BLOCK_ROWS, rows - start), columns) for start in starts])
+    size = std / {"fp8": 120.0, "int8": 36.0, "int4": 4.6}[scheme.format]  # over the deviation of the numbers
+    scale = torch.empty(rows, groups, device="cuda").normal_(size, 0.15 * size).clamp_(0.7 * size, 1.3 * size)
     zero = None
     if not scheme.symmetric and scheme.format == "int4":
         zero = torch.randint(0, 256, (rows, -(-groups // 2)), dtype=torch.uint8, device="cuda")
@@ -139,6 +131,16 @@ def random_matrix(
     if scheme.format == "int4":
         scale = scale.half()
     return Matrix(scheme.format, (rows, columns), weight, scale, zero, perm)
+
+
+def _numbers(format_name: str, rows: int, columns: int) -> Tensor:
+    """Random stored numbers of one format."""
+    if format_name == "int4":
+        return torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, device="cuda")
+    numbers = torch.empty(rows, columns, device="cuda")
+    if format_name == "int8":
+        return numbers.normal_(0.0, 36.0).clamp_(-128, 127).to(torch.int8)
+    return numbers.normal_(0.0, 120.0).clamp_(-_MAX_FP8, _MAX_FP8).to(torch.float8_e4m3fn)
 
 
 def fp8_rows(x: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ LAYOUTS = {
         )
     ),
     "ort_weights": Layout(("create_s", "peak_rss_mb", "chain_ms", "weights_read_gb_s", "read_bandwidth_gb_s")),
-    "nano_quantized": Layout(("exact_match_ratio", "weights_mb", "throughput_tok_s")),
+    "nano_quantized": Layout(("exact_match_ratio", "weights_mb")),
     "quantize": Layout(
         (
             "peak_rss_gb",

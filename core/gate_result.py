@@ -94,7 +94,7 @@ class GateResult:
         num_confident: Positions at which the source gives its best token half of the probability or more.
         top1_confident: The same share, of these; 1 without any.
         top1_limit: Of that.
-        decides_top1: Whether there are enough confident positions for that limit to count.
+        decides_logits: Whether there are enough confident positions for the limits of KL and top-1 to count.
         worst: The tensor with the largest excess.
         layers: Layer by layer.
         num_failures: Limits that are missed.
@@ -113,7 +113,7 @@ class GateResult:
     num_confident: int
     top1_confident: float
     top1_limit: float
-    decides_top1: bool
+    decides_logits: bool
     worst: TensorError
     layers: tuple[LayerError, ...]
     num_failures: int
@@ -185,8 +185,9 @@ class GateResult:
     def _logit_lines(self) -> Iterator[str]:
         kv = "" if self.kv_format is None else f", KV cache {self.kv_format}"
         yield f"{self.precision}{kv}; {self.num_tokens} tokens of {self.text}"
-        yield f"KL(source || quantized): mean {self.kl_mean:.3g} nats (limit {self.kl_limit:g}), max {self.kl_max:.3g}"
-        limit = f"limit {self.top1_limit:g}" if self.decides_top1 else "too few to decide"
+        few = "too few confident positions to decide"
+        kl_limit, limit = (f"limit {x:g}" if self.decides_logits else few for x in (self.kl_limit, self.top1_limit))
+        yield f"KL(source || quantized): mean {self.kl_mean:.3g} nats ({kl_limit}), max {self.kl_max:.3g}"
         yield (
             f"same best token: {self.top1:.3f} of all, "
             f"{self.top1_confident:.3f} of the {self.num_confident} confident positions ({limit})"

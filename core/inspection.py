@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen_rt.bundle import MANIFEST_FILE, Bundle
+from qwen_rt.bundle import KV_DTYPES, MANIFEST_FILE, Bundle
 from qwen_rt.checkpoint import NANO, Checkpoint
 from qwen_rt.errors import BundleError, one_line
 from qwen_rt.ops import BLOCK_SIZE
@@ -150,6 +150,8 @@ def _inspect_bundle(bundle: Bundle) -> Inspection:
             )
         by_name[row].num_nodes += 1
     kv_bytes = spec.kv_bytes_per_token(manifest.kv_dtype)
+    if manifest.kv_dtype in KV_DTYPES.values():
+        kv_bytes += spec.kv_scale_bytes_per_token
     link = manifest.checkpoint
     facts = _model_facts(spec) | {
         "target": f"{_TARGET_NOTES.get(manifest.target, manifest.target)}, tensor parallel {manifest.tensor_parallel}",

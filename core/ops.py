@@ -32,6 +32,7 @@ The KV cache may be quantized, as the same module lays it out: `kv_format`, a nu
 Its pools then hold one byte an element, `k_scales` and `v_scales` hold a scale for each token and head, and `k_offset`
 and `v_offset` (absent: zero) are what the projections' biases lack: `R(position) · k_offset` is part of every key, and
 `v_offset` is added to the output. A scale counts as its pool's slot does: unread where no token is, written with it.
+`scale_blocks` is `num_blocks` then, else 0.
 
 An op with a workspace gets device memory behind its tensors: `COUNTER_BYTES` that are zero before the first use and
 that every op leaves zero, then scratch. All ops of a graph that run one after another share one. In a graph it is the
@@ -207,7 +208,7 @@ def _parts(perm: str | None, **rows: str) -> tuple[OpTensor, ...]:
 _FORMAT = (("weight_format", 0.0),)
 _EPSILON = (("epsilon", None), *_FORMAT)
 _CACHE = ("num_blocks", "kv_heads", "block_size", "head_dim")
-_SCALES = _CACHE[:-1]
+_SCALES = ("scale_blocks", *_CACHE[1:-1])
 
 OPS: tuple[PluginOp, ...] = (
     PluginOp(
@@ -243,8 +244,18 @@ OPS: tuple[PluginOp, ...] = (
     ),
     PluginOp(
         "rope_kv_append_attention",
-        3,
-        ("rows", "q_width", "kv_heads", "head_dim", "num_blocks", "block_size", "sequences", "max_blocks"),
+        4,
+        (
+            "rows",
+            "q_width",
+            "kv_heads",
+            "head_dim",
+            "num_blocks",
+            "block_size",
+            "sequences",
+            "max_blocks",
+            "scale_blocks",
+        ),
         (
             _matrix("qkv", "rows", "q_width + 2 * kv_heads * head_dim"),
             OpTensor("positions", "i64", ("rows",)),

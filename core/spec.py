@@ -234,6 +234,11 @@ class ModelSpec:
         """
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * _bytes_of(dtype)
 
+    @property
+    def kv_scale_bytes_per_token(self) -> int:
+        """Bytes that one token adds to the scales of a quantized cache: a float32 for each key and value of a head."""
+        return 2 * self.num_layers * self.num_kv_heads * 4
+
 
 def _bytes_of(dtype: str) -> int:
     if dtype not in _BYTES_OF_DTYPE:

@@ -217,7 +217,7 @@ RUNTIME: dict[str, RuntimeTolerance] = {
         2e-2, 1e-3, 0.9995, "sums in another order move a few keys and values to the next number of the fp8 cache"
     ),
     "float32-int8": RuntimeTolerance(
-        4e-3, 2e-4, 0.9999, "sums in another order move a few keys and values to the next number of the int8 cache"
+        2e-2, 2e-4, 0.9999, "sums in another order move a few keys and values to the next number of the int8 cache"
     ),
     "bfloat16-fp8": RuntimeTolerance(
         0.15,
@@ -234,8 +234,11 @@ RUNTIME: dict[str, RuntimeTolerance] = {
 }
 """Activations, then the format of a quantized cache → tolerance. The caches' are four times `KV_FP32_RELATIVE` and
 `KV_BF16_RELATIVE`, which were measured on two layers: errors of layers add up as the root of their number, and models
-have 28 to 80. Measured on nano: 1.2e-5 (float32), 5e-3 and 7e-4 (its caches), 0.03 to 0.1 (int8, mean 3e-3, any cache):
-the largest of many errors where the text is not what nano was trained on, so that all else hangs on little."""
+have 28 to 80. Only the largest error with an int8 cache is bounded as with fp8: a number that falls to the other side
+moves by max|x| / 127 there, and where all else hangs on little that is 5.5e-3 of the largest logit (nano in int4); it
+is the mean that tells a wrong kernel. Measured on nano: 1.2e-5 (float32), 5e-3 and 7e-4 (its caches), 0.03 to 0.1 (int8
+activations, mean 3e-3): the largest of many errors where the text is not what nano was trained on, so that all else
+hangs on little."""
 
 
 def verify_quantized(formats: Iterable[str], kv_format: str | None, activations: str) -> VerifyTolerance:

@@ -86,12 +86,13 @@ def graph_bytes(model: ir.Model) -> bytes:
     return data
 
 
-def cuda_graph_bytes(checkpoint: Checkpoint, max_length: int) -> bytes:
+def cuda_graph_bytes(checkpoint: Checkpoint, max_length: int, *, kv: KvPlan | None = None) -> bytes:
     """Make the graph of target `cuda` for a checkpoint stored as bfloat16, without a bundle around it.
 
     Args:
         checkpoint: The model; its shards may be sparse, since no weight is read and nothing is hashed.
         max_length: Positions that the graph can reach.
+        kv: How the KV cache is quantized; None for one of bfloat16.
 
     Returns:
         The serialized graph. Its weights are references by file name into the checkpoint's shards.
@@ -101,4 +102,4 @@ def cuda_graph_bytes(checkpoint: Checkpoint, max_length: int) -> bytes:
         UnsupportedModelError: The kernels do not take the model's shape.
     """
     check_cuda_shapes(checkpoint.spec)
-    return graph_bytes(lowered_graph(checkpoint, "cuda", max_length, checkpoint_locations(checkpoint)))
+    return graph_bytes(lowered_graph(checkpoint, "cuda", max_length, checkpoint_locations(checkpoint), kv=kv))

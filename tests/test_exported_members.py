@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -74,8 +75,14 @@ def test_module_has_a_sorted_all_without_doubles(name: str) -> None:
         if file.name != "__main__.py" and not name.startswith(("qwen_rt.benchmarks.", "qwen_rt.cli.")):
             assert not public, f"{name} defines {public} and has no __all__"
         return
-    # Constants first, then classes, then functions: the order that `ruff` (RUF022) sorts into.
-    kinds = [(0 if item.isupper() else 1 if item.lstrip("_")[:1].isupper() else 2, item) for item in declared]
+    # Constants first, then classes, then functions, numbers by their size: the order that `ruff` (RUF022) sorts into.
+    kinds = [
+        (
+            0 if item.isupper() else 1 if item.lstrip("_")[:1].isupper() else 2,
+            [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", item)],
+        )
+        for item in declared
+    ]
     assert len(set(declared)) == len(declared), f"{name}: doubles in __all__"
     assert kinds == sorted(kinds), f"{name}: __all__ is not sorted"
 

@@ -139,6 +139,7 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", nargs="+", choices=ops, default=ops, metavar="OP", help=f"some of {', '.join(ops)}")
     parser.add_argument("--step", action="store_true", help="also time all ops of a decode step chained in one graph")
     _add_precision(parser, "bf16")
+    _add_kv_cache(parser, "bf16")
     _add_output(parser, "kernels")
 
 
@@ -176,6 +177,7 @@ def _add_latency(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--layers", type=_tokens, metavar="N", help="fewer layers than the shape has")
     _add_precision(parser, None)
+    _add_kv_cache(parser, None)
     parser.add_argument("--steps", type=_tokens, default=64, metavar="N", help="decode steps of a figure (default: 64)")
     parser.add_argument("--device", type=int, default=0, metavar="N", help="which GPU (default: 0)")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the ratios, .svg or .png")
@@ -188,6 +190,17 @@ def _add_precision(parser: argparse.ArgumentParser, default: str | None) -> None
         choices=PRECISIONS,
         default=default,
         help="of a shape's layers, random weights; embedding and LM head stay bf16 (default: bf16)",
+    )
+
+
+def _add_kv_cache(parser: argparse.ArgumentParser, default: str | None) -> None:
+    from qwen_rt.ops import KV_CACHE_FORMATS
+
+    parser.add_argument(
+        "--kv-cache",
+        choices=list(KV_CACHE_FORMATS),
+        default=default,
+        help="of a shape's keys and values, with random offsets where they are quantized (default: bf16)",
     )
 
 
@@ -245,6 +258,7 @@ def _run_kernels(args: argparse.Namespace, output: Path | None) -> int:
         args.op,
         output=output,
         precision=args.precision,
+        kv_format=args.kv_cache,
         quiet=args.quiet,
     )
     return 0
@@ -272,6 +286,7 @@ def _run_latency(args: argparse.Namespace, output: Path | None) -> int:
         plan,
         layers=args.layers,
         precision=args.precision,
+        kv_format=args.kv_cache,
         device=args.device,
         output=output,
         picture=args.picture,

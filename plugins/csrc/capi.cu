@@ -28,7 +28,7 @@ struct Entry {
 constexpr Entry kEntries[] = {
     {"embed", 2, 4, launch_embed, no_workspace},
     {"rmsnorm_qkv", 3, 5, launch_rmsnorm_qkv, workspace_rmsnorm_qkv},
-    {"rope_kv_append_attention", 3, 8, launch_rope_kv_append_attention, workspace_rope_kv_append_attention},
+    {"rope_kv_append_attention", 4, 9, launch_rope_kv_append_attention, workspace_rope_kv_append_attention},
     {"o_proj_residual", 3, 4, launch_o_proj_residual, workspace_o_proj_residual},
     {"select_o_proj_residual", 2, 5, launch_select_o_proj_residual, workspace_select_o_proj_residual},
     {"rmsnorm_gate_up_silu", 3, 4, launch_rmsnorm_gate_up_silu, workspace_rmsnorm_gate_up_silu},

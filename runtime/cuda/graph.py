@@ -35,6 +35,7 @@ __all__ = [
     "OrtRunner",
     "bind_cache",
     "bind_model",
+    "cache_format",
     "split_weights",
 ]
 
@@ -49,9 +50,16 @@ _PARTS = {
 }
 """How a weight's name ends → element types that it may have; the first that fits counts."""
 
+_CACHE_TYPES = {"bf16": BF16, "fp8": FLOAT8, "int8": INT8}  # keys of qwen_rt.ops.KV_CACHE_FORMATS
+
 _ERRORS = 3  # ONNX Runtime's severity
 _PROVIDER = "CUDAExecutionProvider"
 _INSTALL = "pip install --force-reinstall --no-deps onnxruntime-gpu"
+_POOLS = (tensors.past_key, tensors.present_key), (tensors.past_value, tensors.present_value)
+_SCALES = (
+    (tensors.past_key_scale, tensors.present_key_scale),
+    (tensors.past_value_scale, tensors.present_value_scale),
+)
 _INPUTS = (
     tensors.INPUT_IDS,
     tensors.POSITIONS,
@@ -81,8 +89,7 @@ def split_weights(graph: bytes, num_layers: int) -> tuple[bytes, list[ExternalWe
         model = onnx.ModelProto.FromString(graph)
     except Exception as error:  # protobuf's own class differs between its implementations
         raise GraphError(f"the graph is no ONNX model: {error}", fix="build the bundle again") from None
-    caches = [name(i) for i in range(num_layers) for name in (tensors.past_key, tensors.past_value)]
-    presents = [name(i) for i in range(num_layers) for name in (tensors.present_key, tensors.present_value)]
+    caches, presents = ([pair[end](i) for i in range(num_layers) for pair in _POOLS] for end in (0, 1))
     _require("input", {value.name for value in model.graph.input}, [*_INPUTS, *caches])
     _require("output", {value.name for value in model.graph.output}, [tensors.LOGITS, *presents])
     weights, inline = [], []
@@ -100,6 +107,41 @@ def split_weights(graph: bytes, num_layers: int) -> tuple[bytes, list[ExternalWe
     del model.graph.initializer[:]
     model.graph.initializer.extend(inline)
     return model.SerializeToString(), weights
+
+
+def cache_format(graph: bytes, num_layers: int) -> str:
+    """Find the format of a lowered graph's KV cache.
+
+    Args:
+        graph: A serialised ModelProto of target `cuda`, as `split_weights` takes it.
+        num_layers: L.
+
+    Returns:
+        A key of `qwen_rt.ops.KV_CACHE_FORMATS`.
+
+    Raises:
+        GraphError: Pools of a type that no kernel takes or of several types, or pools of bytes without scales.
+    """
+    import onnx
+
+    model = onnx.ModelProto.FromString(graph).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*model.input, *model.output)}
+    pools = [name(i) for i in range(num_layers) for pair in _POOLS for name in pair]
+    formats = {number: name for name, number in _CACHE_TYPES.items()}
+    found = {types.get(name, 0) for name in pools}
+    if len(found) != 1 or not found <= formats.keys():
+        label = onnx.TensorProto.DataType.Name
+        raise GraphError(
+            f"the KV cache is {', '.join(label(kind) for kind in sorted(found))}",
+            " or ".join(map(label, formats)),
+            "build the bundle again",
+        )
+    kv_format = formats[found.pop()]
+    if kv_format != "bf16":
+        for kind, values, index in (("input", model.input, 0), ("output", model.output, 1)):
+            wanted = [pair[index](i) for i in range(num_layers) for pair in _SCALES]
+            _require(kind, {value.name for value in values}, wanted)
+    return kv_format
 
 
 def _require(kind: str, found: set[str], wanted: Sequence[str]) -> None:
@@ -247,22 +289,21 @@ def bind_model(runner: GraphRunner, weights: Sequence[WeightTensor], base: int, 
     runner.bind_input(tensors.WORKSPACE, UINT8, (workspace[1],), workspace[0])
 
 
-def bind_cache(runner: GraphRunner, shape: Sequence[int], num_layers: int, address: int, pool_bytes: int) -> None:
-    """Bind the cache's pools, which lie behind each other by layer, the key's before the value's.
+def bind_cache(runner: GraphRunner, kv_format: str, shape: Sequence[int], num_layers: int, address: int) -> None:
+    """Bind the cache, layer by layer: pools of keys and values behind each other, then the scales of both if quantized.
 
     Args:
         runner: The loaded graph.
+        kv_format: A key of `qwen_rt.ops.KV_CACHE_FORMATS`.
         shape: [blocks, Hkv, 64, D].
         num_layers: L.
-        address: Of the first pool.
-        pool_bytes: From one pool to the next.
+        address: Of the first pool; `qwen_rt.runtime.cuda.memory.block_bytes` tells how many bytes follow.
     """
+    parts = [(pair, _CACHE_TYPES[kv_format], tuple(shape)) for pair in _POOLS]
+    if kv_format != "bf16":
+        parts += [(pair, FLOAT, tuple(shape[:-1])) for pair in _SCALES]
     for layer in range(num_layers):
-        pairs = (
-            (tensors.past_key(layer), tensors.present_key(layer)),
-            (tensors.past_value(layer), tensors.present_value(layer)),
-        )
-        for past, present in pairs:
-            runner.bind_input(past, BF16, shape, address)
-            runner.bind_output(present, BF16, shape, address)
-            address += pool_bytes
+        for (past, present), element_type, size in parts:
+            runner.bind_input(past(layer), element_type, size, address)
+            runner.bind_output(present(layer), element_type, size, address)
+            address += ITEM_BYTES[element_type] * math.prod(size)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen_rt.bundle import KV_DTYPES
 from qwen_rt.errors import CapacityError, QwenRtError
 from qwen_rt.ops import BLOCK_SIZE
 from qwen_rt.runtime.cuda.cudart import Cudart
@@ -47,9 +48,11 @@ def align(nbytes: int, to: int = ALIGNMENT) -> int:
     return -(-nbytes // to) * to
 
 
-def block_bytes(spec: ModelSpec) -> int:
-    """Return the bytes of one cache block over all layers, keys and values, bf16."""
-    return BLOCK_SIZE * spec.kv_bytes_per_token("bfloat16")
+def block_bytes(spec: ModelSpec, kv_format: str = "bf16") -> int:
+    """Return the bytes of one cache block over all layers: keys and values, and the scales of a quantized cache."""
+    if kv_format == "bf16":
+        return BLOCK_SIZE * spec.kv_bytes_per_token("bfloat16")
+    return BLOCK_SIZE * (spec.kv_bytes_per_token(KV_DTYPES[kv_format]) + spec.kv_scale_bytes_per_token)
 
 
 def reserve_bytes(total: int) -> int:
@@ -57,19 +60,27 @@ def reserve_bytes(total: int) -> int:
     return int(_RESERVE_SHARE * total) + _RESERVE_BYTES
 
 
-def count_blocks(spec: ModelSpec, budget: int, most: int | None = None, *, name: str = "the memory left for it") -> int:
+def count_blocks(
+    spec: ModelSpec,
+    budget: int,
+    most: int | None = None,
+    *,
+    name: str = "the memory left for it",
+    kv_format: str = "bf16",
+) -> int:
     """Return how many cache blocks fit into `budget` bytes, block 0 included.
 
     Args:
         spec: The model's hyperparameters.
-        budget: Bytes for keys and values of all layers.
+        budget: Bytes for keys and values of all layers, scales included.
         most: More are of no use; None: no limit.
         name: What the budget is, for the error.
+        kv_format: Of the cache.
 
     Raises:
         CapacityError: Not even `MIN_BLOCKS` fit.
     """
-    one = block_bytes(spec)
+    one = block_bytes(spec, kv_format)
     # Every layer's pools start aligned; with one allocation for all of them that costs nothing: blocks are multiples.
     blocks = max(budget, 0) // one
     if blocks < MIN_BLOCKS:
@@ -106,7 +117,7 @@ class MemoryReport:
 
     Attributes:
         weights: The model's parameters.
-        kv_cache: Keys and values of all layers.
+        kv_cache: Keys and values of all layers, and the scales of a quantized cache.
         workspace: Scratch that the kernels share.
         buffers: Logits, token ids, block tables, sampling state.
         runtime: ONNX Runtime's arena, loaded kernels, captured graphs: what the driver lost while they came.

@@ -21,7 +21,7 @@ from qwen_rt.ops import BLOCK_SIZE, COUNTER_BYTES, MAX_ROWS
 from qwen_rt.plugins.library import PluginLibrary, load
 from qwen_rt.runtime.cuda.counts import CountSlots
 from qwen_rt.runtime.cuda.cudart import Cudart
-from qwen_rt.runtime.cuda.graph import GraphRunner, OrtRunner, bind_cache, bind_model, split_weights
+from qwen_rt.runtime.cuda.graph import GraphRunner, OrtRunner, bind_cache, bind_model, cache_format, split_weights
 from qwen_rt.runtime.cuda.memory import (
     MIN_BLOCKS,
     MemoryReport,
@@ -96,6 +96,7 @@ class DeviceModel:
 
     Attributes:
         spec, settings: As given.
+        kv_format: Of the KV cache, a key of `qwen_rt.ops.KV_CACHE_FORMATS`.
         num_tokens: Tokens of the tokenizer.
         max_blocks: Width of a block table.
         num_blocks: Blocks of the cache, scratch included.
@@ -145,13 +146,16 @@ class DeviceModel:
             )
         self._free_at_start, total = cuda.memory_info()
         changed, external = split_weights(graph, spec.num_layers)
+        self.kv_format = cache_format(graph, spec.num_layers)
         plan = plan_weights(external)
         decode = row_layout(settings.max_rows, settings.max_rows, self.max_blocks)
         prefill = row_layout(1, settings.chunk_tokens, self.max_blocks)
         logits_bytes = align(settings.max_rows * spec.vocab_size * _LOGIT_BYTES)
         buffer_bytes = decode.nbytes + prefill.nbytes + logits_bytes
         groups = {weight.shape[1] for weight in external if weight.name.endswith("_scale")}
-        graph_bytes = graph_workspace(library, spec, settings.max_rows, settings.chunk_tokens, self.max_blocks, groups)
+        graph_bytes = graph_workspace(
+            library, spec, settings.max_rows, settings.chunk_tokens, self.max_blocks, groups, self.kv_format
+        )
         sample_bytes = sample_workspace(library, settings.max_rows, spec.vocab_size, settings.max_rows + 1)
         self._require(plan.nbytes, graph_bytes + sample_bytes, buffer_bytes)
 
@@ -182,7 +186,7 @@ class DeviceModel:
         """Refuse what will not fit, before anything is loaded."""
         spec, kv_memory = self.spec, self.settings.kv_memory
         if kv_memory is not None:
-            count_blocks(spec, kv_memory, name=f"kv_memory={kv_memory}")
+            count_blocks(spec, kv_memory, name=f"kv_memory={kv_memory}", kv_format=self.kv_format)
         q_width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         # The largest prefill at once, besides weights: the residual twice, qkv, attention, the MLP's activation.
         widths = 2 * spec.hidden_size + 2 * q_width + 2 * kv_width + spec.intermediate_size
@@ -191,7 +195,7 @@ class DeviceModel:
             {
                 "weights": weight_bytes,
                 "workspace": workspace_bytes + buffer_bytes,
-                "KV cache": MIN_BLOCKS * block_bytes(spec) if kv_memory is None else kv_memory,
+                "KV cache": MIN_BLOCKS * block_bytes(spec, self.kv_format) if kv_memory is None else kv_memory,
                 "ONNX Runtime": _RUNTIME_BYTES + self.settings.chunk_tokens * widths * _BF16_BYTES,
             },
         )
@@ -210,7 +214,7 @@ class DeviceModel:
 
     def _warm_up(self, runner: GraphRunner) -> None:
         cuda, stream, chunk = self.cuda, self.stream, self.settings.chunk_tokens
-        nbytes = block_bytes(self.spec)
+        nbytes = block_bytes(self.spec, self.kv_format)
         address, _ = self.resources.device(nbytes)
         try:
             cuda.fill(address, 0, nbytes, stream)
@@ -236,8 +240,8 @@ class DeviceModel:
             most = self.settings.max_rows * self.max_blocks + 1  # more could not be filled
             budget = self.cuda.memory_info()[0] - reserve_bytes(total)
             name = "the memory left for it"
-        self.num_blocks = count_blocks(self.spec, budget, most, name=name)
-        nbytes = self.num_blocks * block_bytes(self.spec)
+        self.num_blocks = count_blocks(self.spec, budget, most, name=name, kv_format=self.kv_format)
+        nbytes = self.num_blocks * block_bytes(self.spec, self.kv_format)
         address = self._take("kv_cache", nbytes)
         self.cuda.fill(address, 0, nbytes, self.stream)
         self._bind_cache(runner, address, self.num_blocks)
@@ -246,8 +250,7 @@ class DeviceModel:
     def _bind_cache(self, runner: GraphRunner, address: int, num_blocks: int) -> None:
         spec = self.spec
         shape = (num_blocks, spec.num_kv_heads, BLOCK_SIZE, spec.head_dim)
-        pool_bytes = num_blocks * block_bytes(spec) // (2 * spec.num_layers)
-        bind_cache(runner, shape, spec.num_layers, address, pool_bytes)
+        bind_cache(runner, self.kv_format, shape, spec.num_layers, address)
 
     # ---------------------------------------------------------------- steps
 

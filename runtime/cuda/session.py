@@ -18,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen_rt.bundle import Bundle
+from qwen_rt.bundle import MANIFEST_FILE, Bundle
 from qwen_rt.errors import BundleError, CapacityError, QwenRtError, UsageError
 from qwen_rt.ops import BLOCK_SIZE, MAX_ROWS
 from qwen_rt.runtime.cuda import bench
@@ -44,8 +44,8 @@ class CudaSession:
     Args:
         bundle: An opened bundle of target `cuda`.
         device: The GPU's number.
-        kv_memory: Bytes for the KV cache; None: what is free after all else, less a reserve, but no more than
-            `max_rows` requests of the full length can fill.
+        kv_memory: Bytes for the KV cache, scales included; None: what is free after all else, less a reserve, but no
+            more than `max_rows` requests of the full length can fill.
         max_rows: Most requests that decode at once, 1 to 64.
         chunk_tokens: Most tokens of a prefill call.
         weights: Where the weights come from; None: the bundle's files.
@@ -56,6 +56,7 @@ class CudaSession:
 
     Attributes:
         load_stats: How loading the weights went.
+        kv_format: Of the KV cache, a key of `qwen_rt.ops.KV_CACHE_FORMATS`.
         graph: The captured step of the present rows; 0 without rows.
         host_seconds: Time that the host has spent in launching steps and reading tokens, waiting not included.
         steps: Steps launched.
@@ -92,6 +93,14 @@ class CudaSession:
         settings = Settings(device, kv_memory, max_rows, chunk_tokens, num_tokens, capture, quiet)
         graph = bundle.graph_file.read_bytes()
         self._start(graph, manifest.model, manifest.max_length, source, settings, platform)
+        stored = None if manifest.quantization is None else manifest.quantization.kv_format
+        if self.kv_format != (stored or "bf16"):
+            self.close()
+            raise BundleError(
+                f"{bundle.graph_file} has a KV cache of {self.kv_format}",
+                f"{stored or 'bf16'}, as {bundle.path}/{MANIFEST_FILE} says",
+                "build the bundle again",
+            )
 
     @classmethod
     def from_graph(
@@ -157,7 +166,7 @@ class CudaSession:
         self._model: DeviceModel | None = model
         try:
             self._cuda, self._stream, self.num_blocks = model.cuda, model.stream, model.num_blocks
-            self.num_tokens, self.load_stats = model.num_tokens, model.load_stats
+            self.num_tokens, self.load_stats, self.kv_format = model.num_tokens, model.load_stats, model.kv_format
             self._events = [model.resources.event() for _ in range(RING)]
             self._sampled = model.resources.event()
             if settings.capture == "all":

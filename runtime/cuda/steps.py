@@ -68,6 +68,7 @@ def graph_workspace(
     chunk_tokens: int,
     max_blocks: int,
     groups: Collection[int] = (),
+    kv_format: str = "bf16",
 ) -> int:
     """Return the workspace that serves every op of the graph in every call: the largest that any wants.
 
@@ -78,8 +79,10 @@ def graph_workspace(
         chunk_tokens: Most tokens of a prefill.
         max_blocks: Width of a block table.
         groups: Scales that a row of a quantized matrix has, all that occur.
+        kv_format: Of the KV cache.
     """
     q_width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    num_blocks = max_rows * max_blocks + 1
     known = {
         "vocab": spec.vocab_size,
         "hidden": spec.hidden_size,
@@ -87,7 +90,8 @@ def graph_workspace(
         "kv_width": kv_width,
         "kv_heads": spec.num_kv_heads,
         "head_dim": spec.head_dim,
-        "num_blocks": max_rows * max_blocks + 1,
+        "num_blocks": num_blocks,
+        "scale_blocks": 0 if kv_format == "bf16" else num_blocks,
         "block_size": BLOCK_SIZE,
         "max_blocks": max_blocks,
         "width": q_width,

@@ -36,4 +36,4 @@ def model_on(gpu: FakeGpu, weights: Path, source: str) -> Model:
             yield session, 1.0
 
     shape = ModelShape.from_spec(spec)
-    return Model("tiny", shape, "bf16", shape.floor_bytes, source, start)
+    return Model("tiny", shape, "bf16", "bf16", shape.floor_bytes, source, start)

@@ -137,7 +137,7 @@ def _measured(session: FakeSession, source: str) -> list[dict[str, Any]]:
     def write(metrics: dict[str, Any], settings: dict[str, Any], check: dict[str, Any]) -> None:
         rows.append(harness.make_row("latency", "qwen-rt", metrics, settings, check=check, run="run-1", gpu=gpu))
 
-    model = bench_latency.Model("7b", SHAPES["7b"], "bf16", SHAPES["7b"].floor_bytes, source, start)
+    model = bench_latency.Model("7b", SHAPES["7b"], "bf16", "bf16", SHAPES["7b"].floor_bytes, source, start)
     bench_latency.measure(model, PLAN, fake_gpu(), write, quiet=True)
     return rows
 

@@ -46,7 +46,7 @@ def _loop(folder: Path) -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "newer format": (
         _manifest(format_version=99),
-        ("format_version=99", "expected 1 or older", "pip install -U qwen-rt"),
+        ("format_version=99", "expected 2 or older", "pip install -U qwen-rt"),
     ),
     "another format": (_manifest(format="zip"), ('format="zip"', "expected", REBUILD)),
     "format with controls": (_manifest(format=HOSTILE), ("expected", REBUILD)),

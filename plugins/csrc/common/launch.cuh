@@ -29,35 +29,28 @@ struct Device {
     int num_sms;
     int max_shared_bytes;  // of one block, after opting in
     int sm;                // compute capability, 90 for 9.0
-    int sm_shared_bytes;   // of all blocks on a multiprocessor, kReservedBytes of each included
 };
 
-constexpr int kReservedBytes = 1024;  // of a block's shared memory, for the system
-
 inline cudaError_t current_device(Device* device) {
-    static std::atomic<int> known[64][4];
+    static std::atomic<int> known[64][3];
     cudaError_t error = cudaGetDevice(&device->index);
     if (error != cudaSuccess) return error;
     const int slot = device->index & 63;
     if (known[slot][1].load() == 0) {
-        int sms = 0, bytes = 0, major = 0, minor = 0, of_sm = 0;
+        int sms = 0, bytes = 0, major = 0, minor = 0;
         error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device->index);
         if (error == cudaSuccess)
             error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device->index);
         if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device->index);
         if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device->index);
-        if (error == cudaSuccess)
-            error = cudaDeviceGetAttribute(&of_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device->index);
         if (error != cudaSuccess) return error;
         known[slot][0] = sms;
-        known[slot][3] = of_sm;
         known[slot][2] = major * 10 + minor;
         known[slot][1] = bytes;
     }
     device->num_sms = known[slot][0];
     device->max_shared_bytes = known[slot][1];
     device->sm = known[slot][2];
-    device->sm_shared_bytes = known[slot][3];
     return cudaSuccess;
 }
 

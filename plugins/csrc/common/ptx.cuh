@@ -79,6 +79,12 @@ __device__ __forceinline__ void copy16_or_zero_async(uint32_t destination, const
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(size) : "memory");
 }
 
+__device__ __forceinline__ void copy16_or_zero_async(uint32_t destination, const void* source, int size, uint64_t policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(destination), "l"(source), "r"(size),
+                 "l"(policy)
+                 : "memory");
+}
+
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int kPending>

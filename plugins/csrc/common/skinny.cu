@@ -118,17 +118,13 @@ int32_t launch_skinny(const QwenRtCall& call, const Matrices& matrices, SkinnyPa
     p.group_shift = matrices.groups == 1 ? 31 : log2_of(matrices.group_size);
 
     const int units_of_tile = p.epilogue == Epilogue::kSiluGate ? 8 : 16;
+    SkinnyGrid grid;
+    grid.blocks = p.units < device.num_sms ? p.units : device.num_sms;
+    const int units_of_block = (p.units + grid.blocks - 1) / grid.blocks;
+    grid.tiles = (units_of_block + units_of_tile - 1) / units_of_tile;
     const int64_t unit_bytes = (units_of_tile == 8 ? 2 : 1) * row_bytes_of(matrices.format, p.k);
-    const auto divide_by = [&](int most) {
-        SkinnyGrid grid;
-        grid.blocks = p.units < most ? p.units : most;
-        const int units_of_block = (p.units + grid.blocks - 1) / grid.blocks;
-        grid.tiles = (units_of_block + units_of_tile - 1) / units_of_tile;
-        grid.tile_units = (units_of_block + grid.tiles - 1) / grid.tiles;
-        grid.is_small = units_of_block * unit_bytes <= kSmallBlockBytes;
-        return grid;
-    };
-    const SkinnyGrids grids = {divide_by(device.num_sms), divide_by(2 * device.num_sms)};
+    grid.is_small = units_of_block * unit_bytes <= kSmallBlockBytes;
+    p.tile_units = (units_of_block + grid.tiles - 1) / grid.tiles;
     p.trigger = kTriggerChunks;
 
     constexpr decltype(&launch_skinny_bf16) kLaunch[] = {launch_skinny_bf16, launch_skinny_fp8, launch_skinny_int8, launch_skinny_int4};
@@ -141,7 +137,7 @@ int32_t launch_skinny(const QwenRtCall& call, const Matrices& matrices, SkinnyPa
         part.x += static_cast<int64_t>(first) * p.k;
         if (p.residual != nullptr) part.residual += static_cast<int64_t>(first) * p.units;
         part.out = static_cast<char*>(p.out) + static_cast<int64_t>(first) * p.units * (p.epilogue == Epilogue::kLogits ? 4 : 2);
-        if (const int32_t status = launch_format(call, device, grids, part, matrices.scaling)) return status;
+        if (const int32_t status = launch_format(call, device, grid, part, matrices.scaling)) return status;
     }
     return QWEN_RT_OK;
 }

@@ -38,20 +38,16 @@ int64_t workspace_skinny(int64_t rows, int64_t k, int64_t groups);
 // The scratch of a call: null without a workspace that is large enough.
 void* skinny_scratch(const QwenRtCall& call, int64_t needed);
 
-// How the units are divided: over one block for each multiprocessor, or two that share it.
+// How the units are divided over the multiprocessors.
 struct SkinnyGrid {
     int blocks, tiles;  // tiles of a block
-    int tile_units;     // units of a tile, evened out
     bool is_small;      // whether a block reads little
-};
-struct SkinnyGrids {
-    SkinnyGrid one, two;
 };
 
 // One for each format: chooses the variant by rows, by the tiles of a block, and by what fits in shared memory.
-int32_t launch_skinny_bf16(const QwenRtCall& call, const Device& device, const SkinnyGrids& grids, const SkinnyParams& p, Scaling scaling);
-int32_t launch_skinny_fp8(const QwenRtCall& call, const Device& device, const SkinnyGrids& grids, const SkinnyParams& p, Scaling scaling);
-int32_t launch_skinny_int8(const QwenRtCall& call, const Device& device, const SkinnyGrids& grids, const SkinnyParams& p, Scaling scaling);
-int32_t launch_skinny_int4(const QwenRtCall& call, const Device& device, const SkinnyGrids& grids, const SkinnyParams& p, Scaling scaling);
+int32_t launch_skinny_bf16(const QwenRtCall& call, const Device& device, const SkinnyGrid& grid, const SkinnyParams& p, Scaling scaling);
+int32_t launch_skinny_fp8(const QwenRtCall& call, const Device& device, const SkinnyGrid& grid, const SkinnyParams& p, Scaling scaling);
+int32_t launch_skinny_int8(const QwenRtCall& call, const Device& device, const SkinnyGrid& grid, const SkinnyParams& p, Scaling scaling);
+int32_t launch_skinny_int4(const QwenRtCall& call, const Device& device, const SkinnyGrid& grid, const SkinnyParams& p, Scaling scaling);
 
 }  // namespace qwen_rt

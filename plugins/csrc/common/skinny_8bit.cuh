@@ -7,18 +7,12 @@ namespace qwen_rt {
 
 // A scale for each row.
 template <Format kFormat, bool kNorm>
-int32_t choose_of_rows(const QwenRtCall& call, const Device& device, const SkinnyGrids& grids, const SkinnyParams& p) {
+int32_t choose_of_rows(const QwenRtCall& call, const Device& device, const SkinnyGrid& grid, const SkinnyParams& p) {
     constexpr Scaling kScaling = Scaling::kRow;
-    const SkinnyGrid& grid = grids.one;
     const int tiles = grid.tiles;
     int32_t status = QWEN_RT_OK;
     QWEN_RT_LINES
     if (p.rows <= 8) {
-        QWEN_RT_TRY_TWO(false, 1, 2, 3, 1);
-        QWEN_RT_TRY_TWO(false, 1, 2, 2, 1);
-        QWEN_RT_TRY_TWO(false, 1, 3, 2, 1);
-        QWEN_RT_TRY_TWO(false, 1, 1, 4, 1);
-        QWEN_RT_TRY_TWO(false, 1, 1, 3, 1);
         QWEN_RT_TRY(tiles == 2 && grid.is_small, 1, 2, 3, 1);
         QWEN_RT_TRY(tiles == 3, 1, 3, 2, 1);
         QWEN_RT_TRY(tiles > 4, 1, 5, 2, 1);
@@ -48,8 +42,8 @@ int32_t choose_of_rows(const QwenRtCall& call, const Device& device, const Skinn
 
 // A scale for each group of columns.
 template <Format kFormat, Scaling kScaling, bool kNorm>
-int32_t choose_of_groups(const QwenRtCall& call, const Device& device, const SkinnyGrids& grids, const SkinnyParams& p) {
-    const int tiles = grids.one.tiles;
+int32_t choose_of_groups(const QwenRtCall& call, const Device& device, const SkinnyGrid& grid, const SkinnyParams& p) {
+    const int tiles = grid.tiles;
     int32_t status = QWEN_RT_OK;
     QWEN_RT_LINES
     if (p.rows <= 8) {
@@ -68,16 +62,16 @@ int32_t choose_of_groups(const QwenRtCall& call, const Device& device, const Ski
 }
 
 template <Format kFormat>
-int32_t choose_8bit(const QwenRtCall& call, const Device& device, const SkinnyGrids& grids, const SkinnyParams& p, Scaling scaling) {
+int32_t choose_8bit(const QwenRtCall& call, const Device& device, const SkinnyGrid& grid, const SkinnyParams& p, Scaling scaling) {
     constexpr Scaling kGroups = Scaling::kGroups, kFine = Scaling::kFine;
     const bool has_norm = p.norm_weight != nullptr;
     if (scaling == Scaling::kRow)
-        return has_norm ? choose_of_rows<kFormat, true>(call, device, grids, p) : choose_of_rows<kFormat, false>(call, device, grids, p);
+        return has_norm ? choose_of_rows<kFormat, true>(call, device, grid, p) : choose_of_rows<kFormat, false>(call, device, grid, p);
     if (scaling == kGroups)
-        return has_norm ? choose_of_groups<kFormat, kGroups, true>(call, device, grids, p)
-                        : choose_of_groups<kFormat, kGroups, false>(call, device, grids, p);
-    return has_norm ? choose_of_groups<kFormat, kFine, true>(call, device, grids, p)
-                    : choose_of_groups<kFormat, kFine, false>(call, device, grids, p);
+        return has_norm ? choose_of_groups<kFormat, kGroups, true>(call, device, grid, p)
+                        : choose_of_groups<kFormat, kGroups, false>(call, device, grid, p);
+    return has_norm ? choose_of_groups<kFormat, kFine, true>(call, device, grid, p)
+                    : choose_of_groups<kFormat, kFine, false>(call, device, grid, p);
 }
 
 }  // namespace qwen_rt

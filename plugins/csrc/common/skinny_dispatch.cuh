@@ -6,28 +6,23 @@
 
 namespace qwen_rt {
 
-// Launches the variant unless it needs more shared memory than there is; returns whether it did. kTwo: for two blocks on a
-// multiprocessor.
-template <Format kFormat, Scaling kScaling, bool kNorm, int kNTiles, int kMTiles, int kStages, bool kResident, int kParts, bool kTwo>
-bool try_variant(const QwenRtCall& call, const Device& device, const SkinnyGrids& grids, SkinnyParams p, int32_t* status) {
+// Launches the variant unless it needs more shared memory than there is; returns whether it did.
+template <Format kFormat, Scaling kScaling, bool kNorm, int kNTiles, int kMTiles, int kStages, bool kResident, int kParts>
+bool try_variant(const QwenRtCall& call, const Device& device, const SkinnyGrid& grid, SkinnyParams p, int32_t* status) {
     using Slice = SliceOf<kFormat, kParts>;
-    static_assert(!kTwo || leaves_half<kFormat, kScaling, kParts>(kNTiles, kMTiles, kStages, kResident), "registers for two");
-    const SkinnyGrid& grid = kTwo ? grids.two : grids.one;
-    const int64_t most = kTwo ? device.sm_shared_bytes / 2 - kReservedBytes : device.max_shared_bytes;
-    p.tile_units = grid.tile_units;
     int64_t bytes = squares_bytes(kNTiles) + reduce_bytes(kNTiles, kMTiles, p.rows) + norm_bytes(kNorm, p.k) +
                     int64_t{kWarps} * ((kResident ? resident_bytes<Slice>(p.rows, p.k) : 0) +
                                        kStages * stage_bytes<Slice>(kMTiles, kResident ? 0 : p.rows));
     if constexpr (kScaling == Scaling::kGroups || kScaling == Scaling::kFine) {
         const int64_t buffer = scale_buffer_bytes(scale_row_of(kFormat, p), kMTiles);
-        p.scale_buffers = grid.tiles > kMTiles && bytes + 2 * buffer <= most ? 2 : 1;
+        p.scale_buffers = grid.tiles > kMTiles && bytes + 2 * buffer <= device.max_shared_bytes ? 2 : 1;
         bytes += p.scale_buffers * buffer;
     }
     // Columns without a row read what lies behind the rows', and nobody uses it: of the last ring, what lies behind the rings.
     const int64_t behind = (kNTiles * 8 - p.rows) * Slice::kXBytes;
     const int64_t rings = int64_t{kWarps} * kStages * stage_bytes<Slice>(kMTiles, kResident ? 0 : p.rows);
     if (bytes < rings + behind) bytes = rings + behind;
-    if (bytes > most) return false;
+    if (bytes > device.max_shared_bytes) return false;
     *status = launch(call, skinny_gemm<kFormat, kScaling, kNorm, kNTiles, kMTiles, kStages, kResident, kParts>, device,
                      dim3(static_cast<unsigned>(grid.blocks)), kSkinnyThreads, static_cast<int>(bytes), p);
     return true;
@@ -49,18 +44,13 @@ inline int32_t refuse_variants(const QwenRtCall& call, const Device& device, con
 #endif
 #define QWEN_RT_TRY(wanted, n_tiles, m_tiles, stages, parts)                                                                  \
     if (QWEN_RT_WANTED(wanted) &&                                                                                             \
-        try_variant<kFormat, kScaling, kNorm, n_tiles, m_tiles, stages, false, parts, false>(call, device, grids, p, &status)) \
-    return status
-// The same for two blocks on a multiprocessor: twice the warps to hide latency with, where a block's rings can be small.
-#define QWEN_RT_TRY_TWO(wanted, n_tiles, m_tiles, stages, parts)                                                              \
-    if (QWEN_RT_WANTED(wanted) &&                                                                                             \
-        try_variant<kFormat, kScaling, kNorm, n_tiles, m_tiles, stages, false, parts, true>(call, device, grids, p, &status))  \
+        try_variant<kFormat, kScaling, kNorm, n_tiles, m_tiles, stages, false, parts>(call, device, grid, p, &status))        \
     return status
 // The same with x resident, where a block has several groups of tiles.
 #define QWEN_RT_TRY_RESIDENT(wanted, n_tiles, m_tiles, stages, parts)                                                         \
     if constexpr (kNorm)                                                                                                      \
-        if (QWEN_RT_WANTED((wanted) && grids.one.tiles > m_tiles) &&                                                          \
-            try_variant<kFormat, kScaling, kNorm, n_tiles, m_tiles, stages, true, parts, false>(call, device, grids, p, &status)) \
+        if (QWEN_RT_WANTED((wanted) && grid.tiles > m_tiles) &&                                                          \
+            try_variant<kFormat, kScaling, kNorm, n_tiles, m_tiles, stages, true, parts>(call, device, grid, p, &status))        \
     return status
 
 }  // namespace qwen_rt

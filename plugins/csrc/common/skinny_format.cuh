@@ -38,8 +38,8 @@ __host__ __device__ constexpr int64_t row_bytes_of(Format format, int64_t k) { r
 template <Format kFormat, int kParts>
 struct SliceOf {
     static constexpr int kBits = bits_of(kFormat);
-    static constexpr int kSliceBytes = 128;
-    static constexpr int kSliceK = kSliceBytes * 8 / kBits;  // 64 of bf16, 128 of fp8 and int8, 256 of int4
+    static constexpr int kSliceBytes = kFormat == Format::kInt4 ? 64 : 128;  // of int4 less, so that all warps have some
+    static constexpr int kSliceK = kSliceBytes * 8 / kBits;                    // 64 of bf16, else 128
     static constexpr int kLineBytes = kSliceBytes / kParts;
     static constexpr int kXBytes = kLineBytes * 16 / kBits;  // of an activation row, for a line
     static constexpr int kUnits = kLineBytes / 64;           // a lane of four reads 16 bytes of every unit

@@ -3,8 +3,8 @@
 
 namespace qwen_rt {
 
-int32_t launch_skinny_fp8(const QwenRtCall& call, const Device& device, const SkinnyGrids& grids, const SkinnyParams& p, Scaling scaling) {
-    return choose_8bit<Format::kFp8>(call, device, grids, p, scaling);
+int32_t launch_skinny_fp8(const QwenRtCall& call, const Device& device, const SkinnyGrid& grid, const SkinnyParams& p, Scaling scaling) {
+    return choose_8bit<Format::kFp8>(call, device, grid, p, scaling);
 }
 
 }  // namespace qwen_rt

@@ -3,7 +3,7 @@
 // Weights w are [m, k] row-major as stored, bf16 or quantized; nothing is repacked. Formats: skinny_format.cuh.
 //
 // Numerics: exact products of stored numbers with 16-bit x (skinny_format.cuh), f32 accumulators. Each of the 8 warps sums
-//   its slice (128 bytes of a row) of every chunk of eight in ascending order, then the 8 sums are added in warp
+//   its slice (128 bytes of a row, 64 of int4) of every chunk of eight in ascending order, then the 8 sums are added in warp
 //   order. That order is the same for every number of rows, in every variant: a row's result is bit for bit the same alone,
 //   among any batch mates, and on any number of SMs.
 //   With a norm, x · norm_weight is rounded to bf16 and 1 / rms is applied to the f32 sum, so that nothing waits for it.

@@ -50,7 +50,7 @@ __host__ __device__ constexpr int reduce_bytes(int n_tiles, int m_tiles, int row
 }
 __host__ __device__ constexpr int squares_bytes(int n_tiles) { return kWarps * n_tiles * 8 * 4; }
 // Norm weights, up to the end of the last slice of any format.
-__host__ __device__ constexpr int norm_bytes(bool has_norm, int k) { return has_norm ? (k * 2 + 511) / 512 * 512 : 0; }
+__host__ __device__ constexpr int norm_bytes(bool has_norm, int k) { return has_norm ? (k * 2 + 255) / 256 * 256 : 0; }
 // What a warp keeps of one turn: weights of all tiles of a group, and x (rows 0: where x is resident).
 template <class Slice>
 __host__ __device__ constexpr int stage_bytes(int m_tiles, int rows) {

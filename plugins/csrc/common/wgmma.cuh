@@ -90,28 +90,56 @@ __device__ __forceinline__ void pin(float (&d)[kCount]) {
     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," QWEN_RT_R8(1) QWEN_RT_R8(2) QWEN_RT_R8(3) QWEN_RT_R8(4) QWEN_RT_R8(5) "%60,%61,%62,%63}"
 #define QWEN_RT_D32 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," QWEN_RT_R8(1) QWEN_RT_R8(2) "%30,%31}"
 
+#define QWEN_RT_F32(i) QWEN_RT_F16(i), QWEN_RT_F16(i + 16)
+#define QWEN_RT_SCORES(type)                                                                                       \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                                      \
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " QWEN_RT_D64                      \
+                 ", %64, %65, p, 1, 1, 0, 0;\n}\n"                                                                 \
+                 : QWEN_RT_F32(0), QWEN_RT_F32(32)                                                                 \
+                 : "l"(a), "l"(b), "r"(accumulate))
+#define QWEN_RT_VALUES_64(type)                                                                                    \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " QWEN_RT_D64                      \
+                 ", {%64,%65,%66,%67}, %68, 1, 1, 1, 1;\n"                                                         \
+                 : QWEN_RT_F32(0), QWEN_RT_F32(32)                                                                 \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define QWEN_RT_VALUES_32(type)                                                                                    \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " QWEN_RT_D32                       \
+                 ", {%32,%33,%34,%35}, %36, 1, 1, 1, 1;\n"                                                         \
+                 : QWEN_RT_F32(0)                                                                                  \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+
+// Operands are bf16, or f16 where kHalf.
 // d[64, 128] (+)= a[64, 16] · b[128, 16]ᵀ, both from shared memory with k contiguous.
+template <bool kHalf>
 __device__ __forceinline__ void wgmma_m64n128(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " QWEN_RT_D64 ", %64, %65, p, 1, 1, 0, 0;\n}\n"
-        : QWEN_RT_F16(0), QWEN_RT_F16(16), QWEN_RT_F16(32), QWEN_RT_F16(48)
-        : "l"(a), "l"(b), "r"(accumulate));
+    if constexpr (kHalf)
+        QWEN_RT_SCORES("f16");
+    else
+        QWEN_RT_SCORES("bf16");
 }
 
 // d[64, N] += a[64, 16] · b[16, N]: a in registers, b from shared memory with n contiguous. N = 128 or 64.
+template <bool kHalf>
 __device__ __forceinline__ void wgmma_registers(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " QWEN_RT_D64 ", {%64,%65,%66,%67}, %68, 1, 1, 1, 1;\n"
-                 : QWEN_RT_F16(0), QWEN_RT_F16(16), QWEN_RT_F16(32), QWEN_RT_F16(48)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    if constexpr (kHalf)
+        QWEN_RT_VALUES_64("f16");
+    else
+        QWEN_RT_VALUES_64("bf16");
 }
 
+template <bool kHalf>
 __device__ __forceinline__ void wgmma_registers(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " QWEN_RT_D32 ", {%32,%33,%34,%35}, %36, 1, 1, 1, 1;\n"
-                 : QWEN_RT_F16(0), QWEN_RT_F16(16)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    if constexpr (kHalf)
+        QWEN_RT_VALUES_32("f16");
+    else
+        QWEN_RT_VALUES_32("bf16");
 }
 
+#undef QWEN_RT_SCORES
+#undef QWEN_RT_VALUES_64
+#undef QWEN_RT_VALUES_32
+#undef QWEN_RT_F32
+#undef QWEN_RT_F16
 #undef QWEN_RT_R8
 #undef QWEN_RT_F4
 #undef QWEN_RT_F16

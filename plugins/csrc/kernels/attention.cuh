@@ -1,6 +1,8 @@
 // What the attention kernels share: the op's arguments, and the kernels' launchers. See rope_kv_append_attention.cu.
 #pragma once
 
+#include <cuda_fp16.h>
+
 #include "../common/launch.cuh"
 #include "../common/ptx.cuh"
 
@@ -33,6 +35,30 @@ struct AttentionArguments {
 template <int kD>
 __device__ __forceinline__ uint32_t swizzled(int row, int chunk) {
     return static_cast<uint32_t>(row * kD * 2 + ((chunk ^ (row & 7)) << 4));
+}
+
+// Products and pairs of bf16, or of f16 where kHalf.
+template <bool kHalf>
+__device__ __forceinline__ void mma_16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+    if constexpr (kHalf)
+        mma_f16(d, a0, a1, a2, a3, b0, b1, d);
+    else
+        mma_bf16(d, a0, a1, a2, a3, b0, b1);
+}
+
+__device__ __forceinline__ uint32_t pack_half(float low, float high) {
+    const __half2 v = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&v);
+}
+
+template <bool kHalf>
+__device__ __forceinline__ uint32_t pack_16(float low, float high) {
+    return kHalf ? pack_half(low, high) : pack(low, high);
+}
+
+// Two neighbours of an offset; zeros where there is none.
+__device__ __forceinline__ float2 offset_pair(const float* offset, int at) {
+    return offset == nullptr ? make_float2(0.f, 0.f) : *reinterpret_cast<const float2*>(offset + at);
 }
 
 struct QueryTile {

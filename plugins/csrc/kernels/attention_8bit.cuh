@@ -4,7 +4,6 @@
 // zeros has scale 0; one with NaN or infinity has no finite scale, and whatever meets that scale is not finite either.
 #pragma once
 
-#include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
 #include "../common/skinny_format.cuh"
@@ -15,12 +14,17 @@ namespace qwen_rt {
 // ---------------------------------------------------------------- angles
 
 // Cosine and sine of position · frequency, the exact product: its rounding to f32 turns a key at 30000 by up to 0.001, which
-// an offset of hundreds makes large. position < 2^24.
-__device__ __forceinline__ float2 exact_cos_sin(int64_t position, float frequency) {
-    const float whole = static_cast<float>(position), angle = whole * frequency, rest = fmaf(whole, frequency, -angle);
+// an offset of hundreds makes large. The turns are a product of sums of two f32, and their whole part drops out before any
+// digit is lost; no reduction of large angles is left to do. |position| < 2^24, |frequency| < 2^24.
+__device__ __forceinline__ float2 exact_cos_sin(int position, float frequency) {
+    constexpr float kTurn = 0x1.45f306p-3f, kTurnRest = 0x1.b9391p-28f;  // 1 / 2π
+    const float place = static_cast<float>(position), turn = frequency * kTurn;
+    const float turn_rest = fmaf(frequency, kTurnRest, fmaf(frequency, kTurn, -turn));
+    const float turns = place * turn, turns_rest = fmaf(place, turn_rest, fmaf(place, turn, -turns));
+    const float part = turns - rintf(turns) + turns_rest;
     float sine, cosine;
-    sincosf(angle, &sine, &cosine);
-    return {fmaf(-rest, sine, cosine), fmaf(rest, cosine, sine)};
+    sincospif(2.f * (part - rintf(part)), &sine, &cosine);
+    return {cosine, sine};
 }
 
 // (x1, x2) turned by the angle of (cosine, sine), and by its opposite.
@@ -55,17 +59,30 @@ __device__ __forceinline__ uint32_t bytes_of(float first, float second, float sc
     }
 }
 
+// ---------------------------------------------------------------- exponentials
+
+// 2^x; below 2^-126 it is 0.
+__device__ __forceinline__ float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // ---------------------------------------------------------------- from bytes
 
 // Values of fp8 come as this part of themselves where there is no instruction for them (skinny_format.cuh).
 template <KvFormat kFormat>
 constexpr float kByteFactor = kFormat == KvFormat::kFp8 ? kFp8Factor : 1.f;
 
-// Integers from -128 to 127 out of bytes 0 and 2: with 128 added they are the low bits of 1024 + x in f16.
-__device__ __forceinline__ uint32_t pair_of_int8(uint32_t word) {
-    const uint32_t bits = (word & 0x00ff00ffu) ^ 0x64806480u, bias = 0x64806480u;
-    const __half2 v = __hsub2(*reinterpret_cast<const __half2*>(&bits), *reinterpret_cast<const __half2*>(&bias));
-    return *reinterpret_cast<const uint32_t*>(&v);
+// Integers from -128 to 127 as f16, bytes 0 and 2, then 1 and 3: with 128 added they are the low bits of 1024 + x.
+__device__ __forceinline__ void pairs_of_int8(uint32_t word, uint32_t (&pair)[2]) {
+    const uint32_t shifted = word ^ 0x80808080u, bias = 0x64806480u;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t bits = __byte_perm(shifted, 0x64646464u, i == 0 ? 0x4240 : 0x4341);
+        const __half2 v = __hsub2(*reinterpret_cast<const __half2*>(&bits), *reinterpret_cast<const __half2*>(&bias));
+        pair[i] = *reinterpret_cast<const uint32_t*>(&v);
+    }
 }
 
 // Four bytes of one row as two pairs: of neighbours (0, 1), (2, 3) in fp8, (0, 2), (1, 3) in int8, whichever is cheaper.
@@ -74,8 +91,7 @@ __device__ __forceinline__ void pairs_along(uint32_t word, uint32_t (&pair)[2]) 
     if constexpr (kFormat == KvFormat::kFp8) {
         pairs_of_fp8(word, pair);
     } else {
-        pair[0] = pair_of_int8(word);
-        pair[1] = pair_of_int8(word >> 8);
+        pairs_of_int8(word, pair);
     }
 }
 template <KvFormat kFormat>
@@ -87,14 +103,8 @@ __device__ __forceinline__ void pairs_down(uint32_t word, uint32_t (&pair)[2]) {
     if constexpr (kFormat == KvFormat::kFp8) {
         pairs_of_fp8(__byte_perm(word, 0, 0x3120), pair);
     } else {
-        pair[0] = pair_of_int8(word);
-        pair[1] = pair_of_int8(word >> 8);
+        pairs_of_int8(word, pair);
     }
-}
-
-__device__ __forceinline__ uint32_t pack_half(float low, float high) {
-    const __half2 v = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&v);
 }
 
 }  // namespace qwen_rt

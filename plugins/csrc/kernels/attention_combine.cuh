@@ -18,10 +18,9 @@ inline int max_pieces_of(int num_sms, int64_t units) {
     return units >= num_sms ? 1 : static_cast<int>(num_sms / units < kMaxPieces ? num_sms / units : kMaxPieces);
 }
 
-__host__ __device__ inline int piece_of(int64_t length, int max_pieces) {
-    const int64_t even = (length + max_pieces - 1) / max_pieces;
-    const int64_t rounded = (even + kPieceStep - 1) / kPieceStep * kPieceStep;
-    return static_cast<int>(rounded > kMinPiece ? rounded : kMinPiece);
+__device__ inline int piece_of(int length, int max_pieces) {
+    const int even = (length + max_pieces - 1) / max_pieces;
+    return max(kMinPiece, (even + kPieceStep - 1) / kPieceStep * kPieceStep);
 }
 
 struct PieceGrid {

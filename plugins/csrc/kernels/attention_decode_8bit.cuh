@@ -23,8 +23,13 @@ struct Attention8Params {
     float* partial;       // [rows, kv_heads, parts, max_pieces, stride, D]
     float2* partial_max;  // [rows, kv_heads, parts, max_pieces, stride]: maximum and sum
     uint32_t* counters;   // [rows, kv_heads, parts]
+    uint64_t block_factor;  // 2^40 / block_size, rounded up: a division of tokens, at most 2^24, by a product
     int heads, kv_heads, group, parts, stride, block_size, max_blocks, max_pieces;
     float scale, rope_scaling;
+
+    __device__ __forceinline__ int block_of(int token) const {
+        return static_cast<int>(static_cast<uint64_t>(token) * block_factor >> 40);
+    }
 };
 
 template <int kD, int kStages>
@@ -35,7 +40,7 @@ struct Attention8Shared {
     static constexpr int kRingBytes = kStages * kStageBytes;  // of a warp; holds its f32[8, D] sums at the end
     static constexpr int kTable = kAttentionWarps * kRingBytes;  // bf16[2][32, D]: B, what it lacks
     static constexpr int kTableBytes = kByteTile * kD * 2;
-    static constexpr int kQuery = kTable + 2 * kTableBytes;  // f32[8, D], rows padded so that two fill all banks
+    static constexpr int kQuery = kTable + 2 * kTableBytes;  // f32[8, D]: q, rows padded so that two fill all banks
     static constexpr int kQueryStride = kD + 16;
     static constexpr int kAngles = kQuery + kTableHeads * kQueryStride * 4;  // float2[warps][D / 2]; first of the new token
     static constexpr int kNewKey = kAngles + kAttentionWarps * kD / 2 * 8;
@@ -104,6 +109,10 @@ struct HeadPart {
             first[k] = y.x, second[k] = y.y;
         }
     }
+    __device__ __forceinline__ void multiply(float factor) {
+#pragma unroll
+        for (int k = 0; k < kPairs; ++k) first[k] *= factor, second[k] *= factor;
+    }
     __device__ __forceinline__ uint32_t largest_bits() const {
         uint32_t bits = 0;
 #pragma unroll
@@ -131,32 +140,57 @@ struct HeadPart {
     }
 };
 
-// ---------------------------------------------------------------- products of a tile
-
-// score[m] of tokens 16 m + g, + 8 (upper two) and heads 2 t, 2 t + 1: q · value of the key's bytes.
-template <KvFormat kFormat, int kD>
-__device__ __forceinline__ void byte_scores(float (&score)[2][4], uint32_t keys, const uint32_t (&query)[kD / 16][2], int lane) {
+// Turns the block's heads of q, a warp each, into shared memory, times scale · log2 e, zeros behind them; with a `new_slot` also the new key, and
+// rounds it and the new value to bytes for shared memory and, part 0, for the cache. The angles of the token stand in kAngles.
+template <KvFormat kFormat, int kD, class Shared>
+__device__ __forceinline__ void turn_heads(const Attention8Params& p, unsigned char* shared, int row, int kv_head, int part,
+                                           int num_heads, int64_t new_slot) {
+    using Part = HeadPart<kD>;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, d = Part::kPairs * lane;
+    const bf16* qkv = p.qkv + static_cast<int64_t>(row) * (p.heads + 2 * p.kv_heads) * kD;
+    const float2* cos_sin = reinterpret_cast<const float2*>(shared + Shared::kAngles);
+    float2* factors = reinterpret_cast<float2*>(shared + Shared::kFactors);
+    float* to = reinterpret_cast<float*>(shared + Shared::kQuery) + warp * Shared::kQueryStride;
+    if (warp < num_heads) {
+        Part q(qkv + (kv_head * p.group + part * kTableHeads + warp) * kD, lane);
+        q.turn(cos_sin, lane);
+        q.multiply(p.scale * kLog2e);
+        const uint32_t exponent = max(15u, q.largest_bits() >> 23);
+        if (lane == 0)
+            factors[warp] = {__uint_as_float((268u - exponent) << 23),
+                             __uint_as_float((exponent - 14u) << 23) * kByteFactor<kFormat>};
 #pragma unroll
-    for (int c = 0; c < kD / 16; c += 2)
+        for (int k = 0; k < Part::kPairs; ++k) to[d + k] = q.first[k], to[d + kD / 2 + k] = q.second[k];
+    } else {
+        if (lane == 0) factors[warp] = {0.f, 0.f};
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
-            uint32_t words[4], upper[2], lower[2];
-            load_matrices(words, keys + swizzled_bytes<kD>(m * 16 + (lane & 15), c + (lane >> 4)));
-#pragma unroll
-            for (int k = 0; k < 2; ++k) {
-                pairs_along<kFormat>(words[2 * k], upper);
-                pairs_along<kFormat>(words[2 * k + 1], lower);
-                mma_f16(score[m], upper[0], lower[0], upper[1], lower[1], query[c + k][0], query[c + k][1], score[m]);
-            }
-        }
+        for (int k = 0; k < Part::kPairs; ++k) to[d + k] = to[d + kD / 2 + k] = 0.f;
+    }
+    if (new_slot < 0 || warp < kAttentionWarps - 2) return;  // the last warps have fewer heads
+    const bool is_key = warp == kAttentionWarps - 1;
+    Part x(qkv + (p.heads + (is_key ? 0 : p.kv_heads) + kv_head) * kD, lane);
+    if (is_key) x.turn(cos_sin, lane);
+    unsigned char* cache = (is_key ? p.k_cache : p.v_cache) + new_slot * kD;
+    const float scale = x.template store<kFormat>(shared + (is_key ? Shared::kNewKey : Shared::kNewValue),
+                                                  part == 0 ? cache : nullptr, lane);
+    if (lane == 0) {
+        reinterpret_cast<float*>(shared + Shared::kNewScales)[is_key ? 0 : 1] = scale;
+        if (part == 0) (is_key ? p.k_scales : p.v_scales)[new_slot] = scale;
+    }
 }
 
-// The same of R(-p0) q · B: score[m][0] of large with large terms, [1] of large with small ones. `head`: this lane's q, dims
-// 4 t …; `angles`: those of p0; `table`, `lacking`: B.
+// ---------------------------------------------------------------- products of a tile
+//
+// A warp has a SM's quarter to itself but for one other, so what is independent has to stand next to each other: operands are
+// loaded ahead of the products, and sums are kept apart where a product would wait for the one before.
+
+// R(-p0) q · B: score[m] of tokens 16 m + g, + 8 (upper two) and heads 2 t, 2 t + 1. `head`: this lane's q, dims 4 t …;
+// `angles`: those of p0; `table`, `lacking`: B. Reads no tile.
 template <int kD>
-__device__ __forceinline__ void offset_scores(float (&score)[2][2][4], const float* head, const float2* angles, uint32_t table,
+__device__ __forceinline__ void offset_scores(float (&score)[2][4], const float* head, const float2* angles, uint32_t table,
                                               uint32_t lacking, int lane) {
     constexpr int kSteps = kD / 16;
+    uint32_t large[kSteps][2], small[kSteps][2];
 #pragma unroll
     for (int c = 0; c < kSteps / 2; ++c) {
         const float4 x1 = *reinterpret_cast<const float4*>(head + 16 * c);
@@ -166,45 +200,146 @@ __device__ __forceinline__ void offset_scores(float (&score)[2][2][4], const flo
         const float2 y[4] = {turned_back(x1.x, x2.x, {a.x, a.y}), turned_back(x1.y, x2.y, {a.z, a.w}),
                              turned_back(x1.z, x2.z, {b.x, b.y}), turned_back(x1.w, x2.w, {b.z, b.w})};
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            uint32_t large[2], small[2];
+        for (int half = 0; half < 2; ++half)
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
                 const float low = half == 0 ? y[2 * k].x : y[2 * k].y, high = half == 0 ? y[2 * k + 1].x : y[2 * k + 1].y;
-                large[k] = pack(low, high);
-                const float2 rounded = unpack(large[k]);
-                small[k] = pack(low - rounded.x, high - rounded.y);
+                const int at = c + half * kSteps / 2;
+                large[at][k] = pack(low, high);
+                const float2 rounded = unpack(large[at][k]);
+                small[at][k] = pack(low - rounded.x, high - rounded.y);
             }
+    }
+    float cross[2][4] = {};  // of B with what q lacks, of what B lacks with q
+    uint32_t b[2][2][2][4];     // of one step and the next: [m], B and what it lacks
+    const auto load = [&](int k) {
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+            const uint32_t at = swizzled<kD>(m * 16 + (lane & 15), 2 * k + (lane >> 4));
+            load_matrices(b[k & 1][m][0], table + at);
+            load_matrices(b[k & 1][m][1], lacking + at);
+        }
+    };
+    load(0);
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+        if (k + 1 < kSteps) load(k + 1);
+#pragma unroll
+        for (int which = 0; which < 3; ++which)
 #pragma unroll
             for (int m = 0; m < 2; ++m) {
-                const uint32_t at = swizzled<kD>(m * 16 + (lane & 15), 2 * (c + half * kSteps / 2) + (lane >> 4));
-                uint32_t b_large[4], b_small[4];
-                load_matrices(b_large, table + at);
-                load_matrices(b_small, lacking + at);
-                mma_bf16(score[m][0], b_large[0], b_large[1], b_large[2], b_large[3], large[0], large[1]);
-                mma_bf16(score[m][1], b_large[0], b_large[1], b_large[2], b_large[3], small[0], small[1]);
-                mma_bf16(score[m][1], b_small[0], b_small[1], b_small[2], b_small[3], large[0], large[1]);
+                const uint32_t(&a)[4] = b[k & 1][m][which == 2];
+                const uint32_t(&q)[2] = which == 1 ? small[k] : large[k];
+                mma_bf16(which == 0 ? score[m] : cross[m], a[0], a[1], a[2], a[3], q[0], q[1]);
             }
-        }
     }
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) score[m][i] += cross[m][i];
+}
+
+// The bytes of a tile as words: [c / 2][m], of rows 16 m + g and + 8 (odd ones), chunks c (lower two) and c + 1.
+template <int kD, bool kTransposed>
+__device__ __forceinline__ void load_words(uint32_t (&words)[kD / 32][2][4], uint32_t tile, int lane) {
+#pragma unroll
+    for (int c = 0; c < kD / 32; ++c)
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+            const uint32_t at = tile + swizzled_bytes<kD>(m * 16 + (lane & 15), 2 * c + (lane >> 4));
+            if constexpr (kTransposed)
+                load_matrices_transposed(words[c][m], at);
+            else
+                load_matrices(words[c][m], at);
+        }
+}
+
+// score[m] of tokens 16 m + g, + 8 (upper two) and heads 2 t, 2 t + 1: q · value of the key's bytes.
+template <KvFormat kFormat, int kD>
+__device__ __forceinline__ void byte_scores(float (&score)[2][4], const uint32_t (&words)[kD / 32][2][4],
+                                            const uint32_t (&query)[kD / 16][2]) {
+    float odd[2][4] = {};
+#pragma unroll
+    for (int c = 0; c < kD / 32; ++c)
+#pragma unroll
+        for (int k = 0; k < 2; ++k)
+#pragma unroll
+            for (int m = 0; m < 2; ++m) {
+                uint32_t upper[2], lower[2];
+                pairs_along<kFormat>(words[c][m][2 * k], upper);
+                pairs_along<kFormat>(words[c][m][2 * k + 1], lower);
+                float(&sum)[4] = k == 0 ? score[m] : odd[m];
+                mma_f16(sum, upper[0], lower[0], upper[1], lower[1], query[2 * c + k][0], query[2 * c + k][1], sum);
+            }
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) score[m][i] += odd[m][i];
 }
 
 // sums[c] of value dims 16 c + 2 g, + 1 (upper two) and heads 2 t, 2 t + 1: += weights · values.
 template <KvFormat kFormat, int kD>
-__device__ __forceinline__ void add_values(float (&sums)[kD / 16][4], uint32_t values, const uint32_t (&weights)[2][2], int lane) {
+__device__ __forceinline__ void add_values(float (&sums)[kD / 16][4], const uint32_t (&words)[kD / 32][2][4],
+                                           const uint32_t (&weights)[2][2]) {
 #pragma unroll
-    for (int c = 0; c < kD / 16; c += 2)
+    for (int m = 0; m < 2; ++m)
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
-            uint32_t words[4], left[2], right[2];
-            load_matrices_transposed(words, values + swizzled_bytes<kD>(m * 16 + (lane & 15), c + (lane >> 4)));
-#pragma unroll
-            for (int k = 0; k < 2; ++k) {
-                pairs_down<kFormat>(words[2 * k], left);
-                pairs_down<kFormat>(words[2 * k + 1], right);
-                mma_f16(sums[c + k], left[0], left[1], right[0], right[1], weights[m][0], weights[m][1], sums[c + k]);
-            }
+        for (int c = 0; c < kD / 16; ++c) {
+            uint32_t left[2], right[2];
+            pairs_down<kFormat>(words[c / 2][m][c % 2 * 2], left);
+            pairs_down<kFormat>(words[c / 2][m][c % 2 * 2 + 1], right);
+            mma_f16(sums[c], left[0], left[1], right[0], right[1], weights[m][0], weights[m][1], sums[c]);
         }
+}
+
+// ---------------------------------------------------------------- the end of a piece
+
+// The warps' sums become one, by the whole block: the output if it `is_only` piece of the row, else what pieces are combined
+// from, at `slot`. `exponent`: that of the warp's largest value scale.
+template <KvFormat kFormat, int kD, class Shared>
+__device__ __forceinline__ void merge_warps(const Attention8Params& p, unsigned char* shared, const float (&sums)[kD / 16][4],
+                                            const float (&maximum)[2], float (&total)[2], uint32_t exponent, int num_heads,
+                                            int kv_head, bool is_only, int64_t slot, bf16* out) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+    float2* max_sum = reinterpret_cast<float2*>(shared + Shared::kMaxSum);
+    float* mine = reinterpret_cast<float*>(shared + warp * Shared::kRingBytes);
+    const float unit = __uint_as_float((exponent - 14u) << 23) * kByteFactor<kFormat>;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int other = 4; other < 32; other *= 2) total[h] += __shfl_xor_sync(~0u, total[h], other);
+        if (g == 0) max_sum[warp * kTableHeads + 2 * t + h] = {maximum[h], total[h]};
+#pragma unroll
+        for (int c = 0; c < kD / 16; ++c)
+            *reinterpret_cast<float2*>(mine + (2 * t + h) * kD + 16 * c + 2 * g) = {sums[c][h] * unit, sums[c][2 + h] * unit};
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < num_heads * kD / 4; i += kAttentionWarps * 32) {
+        const int head = i / (kD / 4), d = i % (kD / 4) * 4;
+        float highest = -INFINITY;
+#pragma unroll
+        for (int w = 0; w < kAttentionWarps; ++w) highest = fmaxf(highest, max_sum[w * kTableHeads + head].x);
+        float4 sum = {0.f, 0.f, 0.f, 0.f};
+        float weight_sum = 0.f;
+#pragma unroll
+        for (int w = 0; w < kAttentionWarps; ++w) {
+            const float2 of_warp = max_sum[w * kTableHeads + head];
+            const float factor = power_of_two(of_warp.x - highest);
+            const float4 v = *reinterpret_cast<const float4*>(shared + w * Shared::kRingBytes + (head * kD + d) * 4);
+            weight_sum = fmaf(of_warp.y, factor, weight_sum);
+            sum.x = fmaf(v.x, factor, sum.x), sum.y = fmaf(v.y, factor, sum.y);
+            sum.z = fmaf(v.z, factor, sum.z), sum.w = fmaf(v.w, factor, sum.w);
+        }
+        if (is_only) {
+            const float f = 1.f / weight_sum;
+            const float2 first = offset_pair(p.v_offset, kv_head * kD + d), second = offset_pair(p.v_offset, kv_head * kD + d + 2);
+            *reinterpret_cast<uint2*>(out + head * kD + d) = {pack(fmaf(sum.x, f, first.x), fmaf(sum.y, f, first.y)),
+                                                              pack(fmaf(sum.z, f, second.x), fmaf(sum.w, f, second.y))};
+        } else {
+            __stcg(reinterpret_cast<float4*>(p.partial + (slot + head) * kD + d), sum);
+            if (d == 0) __stcg(p.partial_max + slot + head, make_float2(highest, weight_sum));
+        }
+    }
 }
 
 }  // namespace qwen_rt

@@ -4,6 +4,7 @@
 // Two kernels: prefill_append turns keys and puts keys and values into the cache, and leaves the turned queries in `out`;
 // the attention kernel reads a tile of queries from `out` and writes its result to the same place, which no other block uses.
 // On SM 9.0 with blocks of 64 tokens attention runs in attention_prefill_sm90.cu; the kernel here serves every SM from 8.0.
+// The attention kernel takes f16 as well as bf16: attention_prefill_8bit.cu makes that of a quantized cache.
 //
 // Mapping of prefill_append: one block of 128 threads per token, 16 bytes per thread and turn.
 // Mapping of attention_prefill_kernel: grid (heads, tiles of 64 queries, longest first), 4 warps of 16 queries (FlashAttention-2):
@@ -25,6 +26,8 @@ struct PrefillParams {
     const float* inv_freq;
     const int32_t* block_tables;
     bf16 *k_cache, *v_cache, *out;
+    const float* v_offset;  // f32[kv_heads, D], added to the output; or null
+    int64_t capacity;
     int rows, sequences, heads, kv_heads, block_size, max_blocks;
     float scale, rope_scaling;
 };
@@ -52,7 +55,7 @@ __global__ void __launch_bounds__(kAppendThreads) prefill_append_kernel(const __
         cos_sin[i] = {cosine * p.rope_scaling, sine * p.rope_scaling};
     }
     __syncthreads();
-    const bool is_inside = position >= 0 && position < static_cast<int64_t>(p.max_blocks) * p.block_size;
+    const bool is_inside = position >= 0 && position < p.capacity;
     const int64_t block =
         is_inside ? p.block_tables[static_cast<int64_t>(sequence) * p.max_blocks + position / p.block_size] : 0;
     const int64_t cache_at = (block * p.kv_heads * p.block_size + position % p.block_size) * kD;
@@ -96,7 +99,7 @@ struct PrefillShared {
     static constexpr int kBytes = kQueryBytes + 2 * 2 * kKeyBytes;
 };
 
-template <int kD>
+template <int kD, bool kHalf>
 __global__ void __launch_bounds__(128) attention_prefill_kernel(const __grid_constant__ PrefillParams p) {
     using Shared = PrefillShared<kD>;
     constexpr int kChunks = kD / 8;
@@ -110,8 +113,8 @@ __global__ void __launch_bounds__(128) attention_prefill_kernel(const __grid_con
     if (tile.num_rows == 0) return;
     bf16* out = p.out + (static_cast<int64_t>(tile.first_row) * p.heads + head) * kD;
     const int64_t stride = static_cast<int64_t>(p.heads) * kD;
-    const int64_t first_position = p.positions[tile.first_row], capacity = static_cast<int64_t>(p.max_blocks) * p.block_size;
-    if (first_position < 0 || first_position + tile.num_rows > capacity) {
+    const int64_t first_position = p.positions[tile.first_row];
+    if (first_position < 0 || first_position + tile.num_rows > p.capacity) {
         const bf16 value = __float2bfloat16(first_position < 0 ? 0.f : __uint_as_float(0x7fc00000u));
         for (int i = threadIdx.x; i < tile.num_rows * kD; i += 128) out[i / kD * stride + i % kD] = value;
         return;
@@ -170,8 +173,8 @@ __global__ void __launch_bounds__(128) attention_prefill_kernel(const __grid_con
             for (int n = 0; n < kKeyTile / 16; ++n) {
                 uint32_t b[4];
                 load_matrices(b, keys + swizzled<kD>(n * 16 + (lane & 7) + (lane >> 4) * 8, 2 * k + ((lane >> 3) & 1)));
-                mma_bf16(score[2 * n], query[k][0], query[k][1], query[k][2], query[k][3], b[0], b[1]);
-                mma_bf16(score[2 * n + 1], query[k][0], query[k][1], query[k][2], query[k][3], b[2], b[3]);
+                mma_16<kHalf>(score[2 * n], query[k][0], query[k][1], query[k][2], query[k][3], b[0], b[1]);
+                mma_16<kHalf>(score[2 * n + 1], query[k][0], query[k][1], query[k][2], query[k][3], b[2], b[3]);
             }
         const int first = index * kKeyTile;
         const bool is_masked = first + kKeyTile - 1 > first_position + warp * 16;
@@ -207,13 +210,14 @@ __global__ void __launch_bounds__(128) attention_prefill_kernel(const __grid_con
 #pragma unroll
         for (int n = 0; n < kKeyTile / 16; ++n) {
             const float(&s0)[4] = score[2 * n], (&s1)[4] = score[2 * n + 1];
-            const uint32_t a0 = pack(s0[0], s0[1]), a1 = pack(s0[2], s0[3]), a2 = pack(s1[0], s1[1]), a3 = pack(s1[2], s1[3]);
+            const uint32_t a0 = pack_16<kHalf>(s0[0], s0[1]), a1 = pack_16<kHalf>(s0[2], s0[3]);
+            const uint32_t a2 = pack_16<kHalf>(s1[0], s1[1]), a3 = pack_16<kHalf>(s1[2], s1[3]);
 #pragma unroll
             for (int d = 0; d < kD / 16; ++d) {
                 uint32_t b[4];
                 load_matrices_transposed(b, values + swizzled<kD>(n * 16 + (lane & 15), 2 * d + (lane >> 4)));
-                mma_bf16(sums[2 * d], a0, a1, a2, a3, b[0], b[1]);
-                mma_bf16(sums[2 * d + 1], a0, a1, a2, a3, b[2], b[3]);
+                mma_16<kHalf>(sums[2 * d], a0, a1, a2, a3, b[0], b[1]);
+                mma_16<kHalf>(sums[2 * d + 1], a0, a1, a2, a3, b[2], b[3]);
             }
         }
         __syncthreads();
@@ -227,8 +231,11 @@ __global__ void __launch_bounds__(128) attention_prefill_kernel(const __grid_con
         if (row >= tile.num_rows) continue;
         const float f = 1.f / total[h];
 #pragma unroll
-        for (int d = 0; d < kD / 8; ++d)
-            *reinterpret_cast<uint32_t*>(out + row * stride + d * 8 + 2 * t) = pack(sums[d][2 * h] * f, sums[d][2 * h + 1] * f);
+        for (int d = 0; d < kD / 8; ++d) {
+            const float2 o = offset_pair(p.v_offset, kv_head * kD + d * 8 + 2 * t);
+            *reinterpret_cast<uint32_t*>(out + row * stride + d * 8 + 2 * t) =
+                pack(fmaf(sums[d][2 * h], f, o.x), fmaf(sums[d][2 * h + 1], f, o.y));
+        }
     }
 }
 
@@ -236,17 +243,18 @@ __global__ void __launch_bounds__(128) attention_prefill_kernel(const __grid_con
 
 namespace {
 
-template <int kD>
-int32_t launch_prefill(const QwenRtCall& call, const Device& device, const AttentionArguments& a) {
+PrefillParams params_of(const AttentionArguments& a) {
     PrefillParams p = {};
     p.qkv = a.qkv;
     p.positions = a.positions;
     p.query_starts = a.query_starts;
     p.inv_freq = a.inv_freq;
     p.block_tables = a.block_tables;
-    p.k_cache = a.k_cache;
-    p.v_cache = a.v_cache;
+    p.k_cache = static_cast<bf16*>(a.k_cache);
+    p.v_cache = static_cast<bf16*>(a.v_cache);
     p.out = a.out;
+    p.v_offset = a.v_offset;
+    p.capacity = a.capacity;
     p.rows = static_cast<int>(a.rows);
     p.sequences = static_cast<int>(a.sequences);
     p.heads = a.heads;
@@ -255,20 +263,30 @@ int32_t launch_prefill(const QwenRtCall& call, const Device& device, const Atten
     p.max_blocks = a.max_blocks;
     p.scale = a.scale;
     p.rope_scaling = a.rope_scaling;
-    if (const int32_t status = launch(call, prefill_append_kernel<kD>, device, dim3(static_cast<unsigned>(p.rows)),
-                                      kAppendThreads, 0, p))
-        return status;
-    if (a.block_size == kKeyTile && device.sm == 90) return launch_attention_prefill_sm90(call, device, a);
+    return p;
+}
+
+template <int kD, bool kHalf>
+int32_t launch_general(const QwenRtCall& call, const Device& device, const AttentionArguments& a) {
     const dim3 grid(static_cast<unsigned>(a.heads), static_cast<unsigned>(a.rows / kQueryTile + a.sequences));
-    return launch(call, attention_prefill_kernel<kD>, device, grid, 128, PrefillShared<kD>::kBytes, p);
+    return launch(call, attention_prefill_kernel<kD, kHalf>, device, grid, 128, PrefillShared<kD>::kBytes, params_of(a));
 }
 
 }  // namespace
 
+int32_t launch_attention_over_cache(const QwenRtCall& call, const Device& device, const AttentionArguments& a) {
+    if (a.block_size == kKeyTile && device.sm == 90) return launch_attention_prefill_sm90(call, device, a);
+    if (a.kv_format == KvFormat::kBf16)
+        return a.head_dim == 64 ? launch_general<64, false>(call, device, a) : launch_general<128, false>(call, device, a);
+    return a.head_dim == 64 ? launch_general<64, true>(call, device, a) : launch_general<128, true>(call, device, a);
+}
+
 int32_t launch_attention_prefill(const QwenRtCall& call, const Device& device, const AttentionArguments& a) {
-    if (a.rows > (int64_t{1} << 20))
-        return refuse(call, QWEN_RT_UNSUPPORTED, "rows=%lld; expected at most 2^20 in one call", (long long)a.rows);
-    return a.head_dim == 64 ? launch_prefill<64>(call, device, a) : launch_prefill<128>(call, device, a);
+    const dim3 grid(static_cast<unsigned>(a.rows));
+    const int32_t status =
+        a.head_dim == 64 ? launch(call, prefill_append_kernel<64>, device, grid, kAppendThreads, 0, params_of(a))
+                         : launch(call, prefill_append_kernel<128>, device, grid, kAppendThreads, 0, params_of(a));
+    return status != QWEN_RT_OK ? status : launch_attention_over_cache(call, device, a);
 }
 
 }  // namespace qwen_rt

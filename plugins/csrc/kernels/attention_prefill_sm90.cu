@@ -1,5 +1,6 @@
 // Attention of a prefill on SM 9.0: wgmma fed by the tensor copy engine from the paged cache.
-// Op, tensors, numerics: rope_kv_append_attention.cu. The queries are turned already and stand in `out`.
+// Op, tensors, numerics: rope_kv_append_attention.cu. The queries are turned already and stand in `out`. Queries, keys and
+// values are bf16, or all f16 (kHalf: of a quantized cache, see attention_prefill_8bit.cu), and so are the probabilities.
 //
 // Mapping: grid (heads, tiles of 128 queries, longest first), 3 warpgroups. The first one's first thread copies: the tile of
 //   queries once, then tiles of 128 keys and 128 values (two cache blocks each) into rings of two stages. The other two
@@ -27,6 +28,8 @@ struct PrefillSm90Params {
     const int64_t* positions;
     const int32_t *query_starts, *block_tables;
     bf16* out;
+    const float* v_offset;  // f32[kv_heads, D], added to the output; or null
+    int64_t capacity;
     int sequences, heads, kv_heads, max_blocks;
     float scale;
 };
@@ -51,7 +54,7 @@ enum Barrier { kQueriesFull, kKeysFull, kValuesFull = kKeysFull + kTileStages, k
 
 // ---------------------------------------------------------------- kernel
 
-template <int kD>
+template <int kD, bool kHalf>
 __global__ void __launch_bounds__(kPrefillThreads, 1) attention_prefill_sm90_kernel(const __grid_constant__ PrefillSm90Params p) {
 #if QWEN_RT_HAS_WGMMA
     using Shared = PrefillSm90Shared<kD>;
@@ -77,10 +80,10 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) attention_prefill_sm90_ker
     const int head = blockIdx.x, kv_head = head / (p.heads / p.kv_heads);
     const QueryTile tile = find_query_tile<kTileRows>(p.query_starts, p.sequences, gridDim.y - 1 - blockIdx.y);
     if (tile.num_rows == 0) return;
-    const int64_t first_position = p.positions[tile.first_row], capacity = static_cast<int64_t>(p.max_blocks) * kBlockTokens;
+    const int64_t first_position = p.positions[tile.first_row];
     const int64_t stride = static_cast<int64_t>(p.heads) * kD;
     bf16* out = p.out + tile.first_row * stride + head * kD;
-    if (first_position < 0 || first_position + tile.num_rows > capacity) {
+    if (first_position < 0 || first_position + tile.num_rows > p.capacity) {
         const bf16 value = __float2bfloat16(first_position < 0 ? 0.f : __uint_as_float(0x7fc00000u));
         for (int i = threadIdx.x; i < tile.num_rows * kD; i += kPrefillThreads) out[i / kD * stride + i % kD] = value;
         return;
@@ -134,7 +137,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) attention_prefill_sm90_ker
 #pragma unroll
         for (int k = 0; k < kD / 16; ++k) {
             const uint32_t at = k / 4 * kPanelBytes + k % 4 * 32;
-            wgmma_m64n128(score, tile_descriptor(base + first_row * 128 + at),
+            wgmma_m64n128<kHalf>(score, tile_descriptor(base + first_row * 128 + at),
                           tile_descriptor(base + Shared::kKeys + stage * Shared::kTileBytes + at), k > 0);
         }
         wgmma_commit();
@@ -144,8 +147,9 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) attention_prefill_sm90_ker
         pin(sums);
 #pragma unroll
         for (int k = 0; k < kTileRows / 16; ++k)
-            wgmma_registers(sums, probability[k],
-                            tile_descriptor(base + Shared::kValues + stage * Shared::kTileBytes + k * 16 * 128, kPanelBytes));
+            wgmma_registers<kHalf>(
+                sums, probability[k],
+                tile_descriptor(base + Shared::kValues + stage * Shared::kTileBytes + k * 16 * 128, kPanelBytes));
         wgmma_commit();
     };
     // Scores become exponentials in place; `shrink` is what earlier sums have to be multiplied by.
@@ -187,7 +191,8 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) attention_prefill_sm90_ker
         for (int k = 0; k < kTileRows / 16; ++k)
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                probability[k][i] = pack(score[(2 * k + i / 2) * 4 + i % 2 * 2], score[(2 * k + i / 2) * 4 + i % 2 * 2 + 1]);
+                probability[k][i] =
+                    pack_16<kHalf>(score[(2 * k + i / 2) * 4 + i % 2 * 2], score[(2 * k + i / 2) * 4 + i % 2 * 2 + 1]);
     };
     const auto shrink_sums = [&] {
 #pragma unroll
@@ -251,9 +256,11 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) attention_prefill_sm90_ker
         if (row >= tile.num_rows) continue;
         const float f = 1.f / total[h];
 #pragma unroll
-        for (int d = 0; d < kD / 8; ++d)
+        for (int d = 0; d < kD / 8; ++d) {
+            const float2 o = offset_pair(p.v_offset, kv_head * kD + d * 8 + 2 * t);
             *reinterpret_cast<uint32_t*>(out + row * stride + d * 8 + 2 * t) =
-                pack(sums[d * 4 + 2 * h] * f, sums[d * 4 + 2 * h + 1] * f);
+                pack(fmaf(sums[d * 4 + 2 * h], f, o.x), fmaf(sums[d * 4 + 2 * h + 1], f, o.y));
+        }
     }
 #endif
 }
@@ -278,19 +285,19 @@ EncodeTiled find_encode() {
     return found;
 }
 
-// A row-major bf16 matrix, copied in boxes of `box_rows` rows and 64 columns.
-bool encode(CUtensorMap* map, const bf16* data, int64_t rows, int64_t columns, int box_rows) {
+// A row-major matrix of 16-bit numbers, copied in boxes of `box_rows` rows and 64 columns.
+bool encode(CUtensorMap* map, void* data, int64_t rows, int64_t columns, int box_rows) {
     const EncodeTiled function = find_encode();
     if (function == nullptr) return false;
     const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
     const cuuint64_t strides[1] = {static_cast<cuuint64_t>(columns) * 2};
     const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
-    return function(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<bf16*>(data), sizes, strides, box, steps,
+    return function(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, data, sizes, strides, box, steps,
                     CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-template <int kD>
+template <int kD, bool kHalf>
 int32_t launch_sm90(const QwenRtCall& call, const Device& device, const AttentionArguments& a) {
     PrefillSm90Params p = {};
     const int64_t cache_rows = a.num_blocks * a.kv_heads * kBlockTokens;
@@ -301,13 +308,15 @@ int32_t launch_sm90(const QwenRtCall& call, const Device& device, const Attentio
     p.query_starts = a.query_starts;
     p.block_tables = a.block_tables;
     p.out = a.out;
+    p.v_offset = a.v_offset;
+    p.capacity = a.capacity;
     p.sequences = static_cast<int>(a.sequences);
     p.heads = a.heads;
     p.kv_heads = a.kv_heads;
     p.max_blocks = a.max_blocks;
     p.scale = a.scale;
     const dim3 grid(static_cast<unsigned>(a.heads), static_cast<unsigned>(a.rows / kTileRows + a.sequences));
-    return launch(call, attention_prefill_sm90_kernel<kD>, device, grid, kPrefillThreads, PrefillSm90Shared<kD>::kBytes, p);
+    return launch(call, attention_prefill_sm90_kernel<kD, kHalf>, device, grid, kPrefillThreads, PrefillSm90Shared<kD>::kBytes, p);
 }
 
 }  // namespace
@@ -315,7 +324,9 @@ int32_t launch_sm90(const QwenRtCall& call, const Device& device, const Attentio
 int32_t launch_attention_prefill_sm90(const QwenRtCall& call, const Device& device, const AttentionArguments& a) {
     if (a.num_blocks * a.kv_heads * kBlockTokens > INT32_MAX)
         return refuse(call, QWEN_RT_UNSUPPORTED, "num_blocks=%lld; expected fewer than 2^31 cache rows", (long long)a.num_blocks);
-    return a.head_dim == 64 ? launch_sm90<64>(call, device, a) : launch_sm90<128>(call, device, a);
+    if (a.kv_format == KvFormat::kBf16)
+        return a.head_dim == 64 ? launch_sm90<64, false>(call, device, a) : launch_sm90<128, false>(call, device, a);
+    return a.head_dim == 64 ? launch_sm90<64, true>(call, device, a) : launch_sm90<128, true>(call, device, a);
 }
 
 }  // namespace qwen_rt

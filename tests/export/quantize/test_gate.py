@@ -37,7 +37,7 @@ def test_rounding_to_nearest_passes_on_nano(name: str, nano: Model) -> None:
     result = nano.gate(SCHEMES[name])
     assert result.passed, result.table()
     assert (result.text, result.num_tokens, result.failure()) == ("built-in text", 96, "")
-    assert result.decides_top1
+    assert result.decides_logits
     assert len(result.layers) == nano.spec.num_layers
     # Seven matrices, three biases and two norms a layer; the embeddings, the last norm and the head.
     assert len(result.tensors) == 12 * nano.spec.num_layers + 3
@@ -206,7 +206,7 @@ def test_the_result_goes_through_json(nano: Model) -> None:
         {"num_failures": 1},
         {"failures": ["x"]},
         {"kl_mean": "0"},
-        {"decides_top1": 1},
+        {"decides_logits": 1},
         {"num_tokens": True},
         {"layers": [1]},
         {"layers": None},

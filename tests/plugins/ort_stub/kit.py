@@ -28,7 +28,7 @@ CONCRETE = {"weight": "f8", "scale": "f32", "zero": "i8", "cache": "i8"}
 EXTRA = {"half_dim": 2, "columns": 6, "zeros": 4}
 """Symbols that are no dims."""
 WORKSPACE = OpTensor("workspace", "u8", ("W",))
-PRIMES = (3, 5, 7, 11, 13, 17, 19, 23)
+PRIMES = (3, 5, 7, 11, 13, 17, 19, 23, 29)
 UNTOLD = {"ring"}  # dims that only outputs tell: no graph can have those outputs
 
 

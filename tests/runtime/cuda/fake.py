@@ -21,6 +21,7 @@ from qwen_rt.plugins.build import ABI
 from qwen_rt.plugins.library import PluginLibrary
 from qwen_rt.runtime.cuda.cudart import Cudart
 from qwen_rt.runtime.cuda.model import Platform
+from qwen_rt.runtime.cuda.weights import ITEM_BYTES
 from qwen_rt.runtime.executor import RowState
 from qwen_rt.runtime.sampling_params import SamplingParams
 from qwen_rt.safetensors_header import read_header
@@ -84,7 +85,7 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("ids", "positions", "query_starts", "tables", "indices")),
         *((name, ctypes.c_void_p) for name in ("keys", "workspace", "logits")),
         *((name, ctypes.c_int64) for name in ("tokens", "rows", "max_blocks", "vocab", "kv_heads", "head_dim")),
-        ("num_blocks", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("num_blocks", "item_bytes")),
     ]
 
 
@@ -117,12 +118,11 @@ class FakeGraph:
         def at(name: str) -> int:
             return self.bound[name][2]
 
-        for layer in range(sum(name.startswith("present.") for name in self.declared) // 2):
-            assert at(tensors.past_key(layer)) == at(tensors.present_key(layer))
-            assert at(tensors.past_value(layer)) == at(tensors.present_value(layer))
-        pools = sorted(address for name, (_, _, address) in self.bound.items() if name.startswith("past_"))
-        pool_bytes = 2 * int(np.prod(self.bound[tensors.past_key(0)][1]))
-        assert all(stop - start >= pool_bytes for start, stop in pairwise(pools))
+        for name in self.declared:
+            if name.startswith("present."):
+                assert at(name) == at(name.replace("present.", "past_key_values."))
+        pools = sorted((at(name), self.nbytes(name)) for name in self.bound if name.startswith("past_"))
+        assert all(start + nbytes <= stop for (start, nbytes), (stop, _) in pairwise(pools))
         (num_tokens,), (num_rows, max_blocks) = self.bound[tensors.INPUT_IDS][1], self.bound[tensors.BLOCK_TABLES][1]
         num_blocks, kv_heads, _, head_dim = self.bound[tensors.past_key(0)][1]
         self.runs.append((num_tokens, num_rows))
@@ -130,8 +130,14 @@ class FakeGraph:
             at(tensors.INPUT_IDS), at(tensors.POSITIONS), at(tensors.QUERY_STARTS), at(tensors.BLOCK_TABLES),
             at(tensors.LOGITS_INDICES), at(tensors.past_key(0)), at(tensors.WORKSPACE), at(tensors.LOGITS),
             num_tokens, num_rows, max_blocks, self.bound[tensors.LOGITS][1][1], kv_heads, head_dim, num_blocks,
+            ITEM_BYTES[self.bound[tensors.past_key(0)][0]],
         )  # fmt: skip
         self.gpu.library.fake_model(self.stream, ctypes.addressof(call))
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of what is bound."""
+        element_type, shape, _ = self.bound[name]
+        return ITEM_BYTES[element_type] * int(np.prod(shape))
 
     def close(self) -> None:
         self.is_open = False
@@ -169,10 +175,15 @@ def write_shards(spec: ModelSpec, folder: Path, count: int = 2, seed: int = 0) -
     return weights
 
 
-def make_graph(spec: ModelSpec, folder: Path | None = None, data_type: int = TensorProto.BFLOAT16) -> bytes:
+CACHE_TYPES = {"bf16": TensorProto.BFLOAT16, "fp8": TensorProto.FLOAT8E4M3FN, "int8": TensorProto.INT8}
+
+
+def make_graph(
+    spec: ModelSpec, folder: Path | None = None, data_type: int = TensorProto.BFLOAT16, kv_format: str = "bf16"
+) -> bytes:
     """Return a graph with the inputs, outputs and weights of target `cuda`; its one node is never run."""
     cache = ["blocks", spec.num_kv_heads, 64, spec.head_dim]
-    i64, i32, bf16 = TensorProto.INT64, TensorProto.INT32, TensorProto.BFLOAT16
+    i64, i32, kind = TensorProto.INT64, TensorProto.INT32, CACHE_TYPES[kv_format]
     inputs = [
         (tensors.INPUT_IDS, i64, ["R"]),
         (tensors.POSITIONS, i64, ["R"]),
@@ -183,8 +194,12 @@ def make_graph(spec: ModelSpec, folder: Path | None = None, data_type: int = Ten
     ]
     outputs = [(tensors.LOGITS, TensorProto.FLOAT, ["B", spec.vocab_size])]
     for i in range(spec.num_layers):
-        inputs += [(tensors.past_key(i), bf16, cache), (tensors.past_value(i), bf16, cache)]
-        outputs += [(tensors.present_key(i), bf16, cache), (tensors.present_value(i), bf16, cache)]
+        inputs += [(name(i), kind, cache) for name in (tensors.past_key, tensors.past_value)]
+        outputs += [(name(i), kind, cache) for name in (tensors.present_key, tensors.present_value)]
+        if kv_format != "bf16":
+            f32, scales = TensorProto.FLOAT, cache[:-1]
+            inputs += [(name(i), f32, scales) for name in (tensors.past_key_scale, tensors.past_value_scale)]
+            outputs += [(name(i), f32, scales) for name in (tensors.present_key_scale, tensors.present_value_scale)]
     places = {}
     if folder is not None:
         for file in sorted(folder.glob("*.safetensors")):

@@ -271,12 +271,12 @@ typedef struct {
     int64_t* indices;
     char *keys, *workspace;
     float* logits;
-    int64_t tokens, rows, max_blocks, vocab, kv_heads, head_dim, num_blocks;
+    int64_t tokens, rows, max_blocks, vocab, kv_heads, head_dim, num_blocks, item_bytes;
 } Model;
 
 static void model(void* argument) {
     Model* m = argument;
-    const int64_t token_bytes = m->head_dim * 2, block_bytes = m->kv_heads * 64 * token_bytes;
+    const int64_t token_bytes = m->head_dim * m->item_bytes, block_bytes = m->kv_heads * 64 * token_bytes;
     for (int64_t b = 0; b < m->rows; ++b) {
         const int64_t begin = m->tokens == m->rows ? b : m->query_starts[b];
         const int64_t end = m->tokens == m->rows ? b + 1 : m->query_starts[b + 1];

@@ -18,11 +18,11 @@ VOCAB = SPEC.vocab_size
 MAX_LENGTH = 300
 
 
-def open_session(gpu: FakeGpu, folder: Path, **settings: Any) -> CudaSession:
+def open_session(gpu: FakeGpu, folder: Path, kv_format: str = "bf16", **settings: Any) -> CudaSession:
     if not any(folder.iterdir()):
         write_shards(SPEC, folder)
     given = {"max_rows": 12, "chunk_tokens": 32, "kv_memory": 4 << 20, "quiet": True, **settings}
-    graph = make_graph(SPEC, folder)
+    graph = make_graph(SPEC, folder, kv_format=kv_format)
     return CudaSession.from_graph(graph, SPEC, MAX_LENGTH, base_dir=folder, platform=gpu.platform(), **given)
 
 
