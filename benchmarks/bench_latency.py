@@ -265,7 +265,7 @@ def measure(model: Model, plan: Plan, gpu: Gpu, write: Write, *, quiet: bool = F
         VerificationError: The check failed; nothing was written.
         CapacityError: It does not fit.
     """
-    settings = {"model": model.name, "weights": model.precision, "kv_cache": model.kv_format}
+    settings: dict[str, Any] = {"model": model.name, "weights": model.precision, "kv_cache": model.kv_format}
     settings |= {"source": model.source, "layers": model.shape.layers}
     free_before, _ = gpu.cuda.memory_info()
     with model.start(gpu, plan) as (session, load_s):

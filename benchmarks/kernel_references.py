@@ -254,14 +254,13 @@ def attention_8bit(
         if cache.value_offset is not None:
             values = values + cache.value_offset.double()[:, None]
         group = heads // kv_heads
-        # [kv_heads, group, rows, tokens]
-        grouped = turned[busy].transpose(0, 1).unflatten(0, (kv_heads, group))
-        scores = torch.einsum("hgqd,htd->hgqt", grouped, keys) * scale
+        grouped = turned[busy].view(len(busy), kv_heads, group, head_dim)
+        scores = torch.einsum("qhgd,htd->hgqt", grouped, keys) * scale
         is_later = torch.arange(length, device=qkv.device) > at[:, None]  # [rows, tokens]
         weights = scores.masked_fill(is_later, -math.inf).softmax(-1)
-        out[busy] = torch.einsum("hgqt,htd->hgqd", weights, values).flatten(0, 1).transpose(0, 1)
+        out[busy] = torch.einsum("hgqt,htd->qhgd", weights, values).flatten(1, 2)
     is_busy = (positions >= 0)[:, None, None]
-    return out.flatten(1), *(torch.where(is_busy, new, 0.0) for new in news)
+    return out.flatten(1), torch.where(is_busy, news[0], 0.0), torch.where(is_busy, news[1], 0.0)
 
 
 def o_proj_residual(x: Tensor, weight: AnyMatrix, residual: Tensor, *, fp8: bool = False) -> Tensor:

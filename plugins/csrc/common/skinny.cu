@@ -124,6 +124,9 @@ int32_t launch_skinny(const QwenRtCall& call, const Matrices& matrices, SkinnyPa
     grid.tiles = (units_of_block + units_of_tile - 1) / units_of_tile;
     const int64_t unit_bytes = (units_of_tile == 8 ? 2 : 1) * row_bytes_of(matrices.format, p.k);
     grid.is_small = units_of_block * unit_bytes <= kSmallBlockBytes;
+    p.block_units = p.units / grid.blocks, p.blocks_with_more = p.units % grid.blocks;
+    p.inverse_k = 1.f / static_cast<float>(p.k);
+    if (p.epilogue != Epilogue::kBias) p.first_unit[1] = p.first_unit[2] = p.units;
     p.tile_units = (units_of_block + grid.tiles - 1) / grid.tiles;
     p.trigger = kTriggerChunks;
 

@@ -10,10 +10,14 @@ namespace qwen_rt {
 template <Format kFormat, Scaling kScaling, bool kNorm, int kNTiles, int kMTiles, int kStages, bool kResident, int kParts>
 bool try_variant(const QwenRtCall& call, const Device& device, const SkinnyGrid& grid, SkinnyParams p, int32_t* status) {
     using Slice = SliceOf<kFormat, kParts>;
-    int64_t bytes = squares_bytes(kNTiles) + reduce_bytes(kNTiles, kMTiles, p.rows) + norm_bytes(kNorm, p.k) +
+    constexpr bool kHasScales = kScaling == Scaling::kGroups || kScaling == Scaling::kFine;
+    const int turns = turns_of<Slice>(row_bytes_of(kFormat, p.k), kParts);
+    p.table_groups = 1 + (turns - 1 + kStages) / turns;
+    int64_t bytes = squares_bytes(kNTiles) + table_bytes(p.table_groups, kMTiles, kHasScales) +
+                    reduce_bytes(kNTiles, kMTiles, p.rows) + norm_bytes(kNorm, p.k) +
                     int64_t{kWarps} * ((kResident ? resident_bytes<Slice>(p.rows, p.k) : 0) +
                                        kStages * stage_bytes<Slice>(kMTiles, kResident ? 0 : p.rows));
-    if constexpr (kScaling == Scaling::kGroups || kScaling == Scaling::kFine) {
+    if constexpr (kHasScales) {
         const int64_t buffer = scale_buffer_bytes(scale_row_of(kFormat, p), kMTiles);
         p.scale_buffers = grid.tiles > kMTiles && bytes + 2 * buffer <= device.max_shared_bytes ? 2 : 1;
         bytes += p.scale_buffers * buffer;

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, leaves_half<kFormat, kScaling,
 
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     const bool is_pairs = p.epilogue == Epilogue::kSiluGate;
-    // Rings, resident x, norm weights, scales, squares [warp][column], sums [tile][warp][column][20].
+    // Rings, resident x, norm weights, scales, squares [warp][column], table of rows, sums [tile][warp][column][20].
     const int bytes_of_stage = stage_bytes<Slice>(kMTiles, kResident ? 0 : p.rows);
     const int bytes_of_x = kResident ? resident_bytes<Slice>(p.rows, p.k) : 0;
     [[maybe_unused]] const ScaleRow scale_row = scale_row_of(kFormat, p);
@@ -62,9 +62,12 @@ __global__ void __launch_bounds__(kSkinnyThreads, leaves_half<kFormat, kScaling,
     const uint32_t norm = base + kWarps * (kStages * bytes_of_stage + bytes_of_x);
     const uint32_t scales = norm + norm_bytes(kNorm, p.k);
     float* squares = reinterpret_cast<float*>(shared + (scales - base) + p.scale_buffers * bytes_of_scales);
-    float* sums = squares + squares_bytes(kNTiles) / 4;
-    const int begin = static_cast<int>(static_cast<int64_t>(p.units) * blockIdx.x / gridDim.x);
-    const int num_units = static_cast<int>(static_cast<int64_t>(p.units) * (blockIdx.x + 1) / gridDim.x) - begin;
+    const auto row_at = reinterpret_cast<const unsigned char**>(squares + squares_bytes(kNTiles) / 4);  // [slot][row]
+    [[maybe_unused]] const auto shifts = reinterpret_cast<uint32_t*>(row_at + p.table_groups * kMTiles * 16);  // the same
+    float* sums = squares + (squares_bytes(kNTiles) + table_bytes(p.table_groups, kMTiles, kHasScales)) / 4;
+    const int block = static_cast<int>(blockIdx.x);
+    const int begin = block * p.block_units + min(block, p.blocks_with_more);
+    const int num_units = p.block_units + (block < p.blocks_with_more ? 1 : 0);
     const int group_units = kMTiles * p.tile_units;
     const int num_groups = (num_units + group_units - 1) / group_units;
     const auto units_of_group = [&](int group) -> Units {
@@ -74,7 +77,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, leaves_half<kFormat, kScaling,
     // A warp's lines: all warps take the same number of turns, the last warps may have nothing in the last of them.
     const int row_bytes = static_cast<int>(row_bytes_of(kFormat, p.k));
     const int num_slices = (row_bytes + Slice::kSliceBytes - 1) / Slice::kSliceBytes;
-    const int num_turns = (num_slices + kWarps - 1) / kWarps * kParts;
+    const int num_turns = turns_of<Slice>(row_bytes, kParts);
     const int my_slices = (num_slices - warp + kWarps - 1) / kWarps;
     const bool is_cut = kParts == 2 && my_slices > 0 && ((my_slices - 1) * kWarps + warp) * Slice::kSliceBytes + Slice::kLineBytes >= row_bytes;
     const int my_turns = my_slices * kParts - (is_cut ? 1 : 0);
@@ -91,30 +94,23 @@ __global__ void __launch_bounds__(kSkinnyThreads, leaves_half<kFormat, kScaling,
     const int lane_row = lane / kLanesOfRow, lane_chunk = lane % kLanesOfRow;
     const int lane_at = warp * Slice::kSliceBytes + lane_chunk * 16;  // bytes into a chunk's row
     const uint32_t lane_to = lane_row * Slice::kLineBytes + (Slice::weight_chunk(lane_row, lane_chunk) << 4);
-    const unsigned char* row_at[kMTiles][kCopies];
-    int load_count = 0;  // units of the group that is loaded
-    const auto find_rows = [&](int group) {
-        const Units u = units_of_group(group);
-        load_count = u.count;
-#pragma unroll
-        for (int m = 0; m < kMTiles; ++m)
-#pragma unroll
-            for (int i = 0; i < kCopies; ++i) {
-                const TileRow row = tile_row(p, u, m, i * kRowsOfCopy + lane_row);
-                row_at[m][i] = static_cast<const unsigned char*>(p.weight[row.matrix]) +
-                               static_cast<int64_t>(row.row) * row_bytes + lane_at;
-            }
+    const auto describe_row = [&](int group, int row, int slot) {
+        const TileRow at = tile_row(p, units_of_group(group), row >> 4, row & 15);
+        row_at[slot] = static_cast<const unsigned char*>(p.weight[at.matrix]) + static_cast<int64_t>(at.row) * row_bytes;
+        if constexpr (kHasScales) shifts[slot] = scale_shifts(p, scale_row, at);
     };
+    int load_group = 0, load_turn = 0, load_slot = 0, load_count = min(group_units, num_units);  // units of the group that is loaded
     const auto load_weights = [&](uint32_t stage, int turn) {
-        const int offset = bytes_before(turn);
+        const int offset = bytes_before(turn) + lane_at;
         // Of quantized formats a row may end within the line. Rows that a tile lacks are copies of its last one.
-        if (kFormat != Format::kBf16 && offset + lane_at >= row_bytes) return;
+        if (kFormat != Format::kBf16 && offset >= row_bytes) return;
+        const unsigned char* const* from = row_at + load_slot * kMTiles * 16 + lane_row;
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m)
             if (m == 0 || m * p.tile_units < load_count)
 #pragma unroll
                 for (int i = 0; i < kCopies; ++i)
-                    copy16_async(stage + lane_to + m * Slice::kTileBytes + i * 512, row_at[m][i] + offset, policy);
+                    copy16_async(stage + lane_to + m * Slice::kTileBytes + i * 512, from[m * 16 + i * kRowsOfCopy] + offset, policy);
     };
     constexpr int kLanesOfX = Slice::kXBytes / 16, kXOfCopy = 32 / kLanesOfX;
     const int x_row = lane / kLanesOfX, x_chunk = lane % kLanesOfX;
@@ -133,11 +129,11 @@ __global__ void __launch_bounds__(kSkinnyThreads, leaves_half<kFormat, kScaling,
                                      x_at + (size == 0 ? 0 : static_cast<int64_t>(i) * kXOfCopy * p.k + offset), size);
         }
     };
-    int load_group = 0, load_turn = 0;
     const auto advance = [&] {
         if (++load_turn == num_turns) {
             load_turn = 0;
-            if (++load_group < num_groups) find_rows(load_group);
+            load_count = min(group_units, num_units - ++load_group * group_units);
+            if (++load_slot == p.table_groups) load_slot = 0;
         }
         if (--until_trigger == 0) let_next_grid_start();
     };
@@ -153,7 +149,10 @@ __global__ void __launch_bounds__(kSkinnyThreads, leaves_half<kFormat, kScaling,
             copy16_or_zero_async(norm + i * 16, p.norm_weight + (i < p.k / 8 ? i * 8 : 0), i < p.k / 8 ? 16 : 0);
     }
     load_scales(0);
-    find_rows(0);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < min(p.table_groups, num_groups) * kMTiles * 16; i += kSkinnyThreads)
+        describe_row(i / (kMTiles * 16), i % (kMTiles * 16), i);
+    __syncthreads();
 #pragma unroll 1
     for (uint32_t stage = ring; stage < ring_end; stage += bytes_of_stage) {
         if (load_group < num_groups) {
@@ -162,31 +161,29 @@ __global__ void __launch_bounds__(kSkinnyThreads, leaves_half<kFormat, kScaling,
         }
         commit_copies();
     }
-    wait_for_previous_grids();
     // x of the first stages. Of few rows it goes through registers, so that it need not wait for weights that are not here yet.
-    constexpr int kXCopies = kNTiles * 8 / kXOfCopy;
-    if constexpr (kNTiles == 1 && !kResident && kStages * kXCopies <= 32) {
-        uint4 first[kStages][kXCopies];
+    if (kNTiles == 1 && !kResident && p.rows <= kXOfCopy) {
+        const bf16* from[kStages];  // null: zeros
+        int turn = 0;
+#pragma unroll
+        for (int s = 0; s < kStages; ++s) {
+            const int at = bytes_before(turn) * 8 / Slice::kBits;
+            from[s] = x_row < p.rows && at + warp * Slice::kSliceK + x_chunk * 8 < p.k ? x_at + at : nullptr;
+            if (++turn == num_turns) turn = 0;
+        }
+        wait_for_previous_grids();
+        uint4 first[kStages];
+#pragma unroll
+        for (int s = 0; s < kStages; ++s) first[s] = from[s] == nullptr ? make_uint4(0, 0, 0, 0) : load_activation(from[s]);
 #pragma unroll
         for (int s = 0; s < kStages; ++s)
-#pragma unroll
-            for (int i = 0; i < kXCopies; ++i) {
-                const int turn = s % num_turns, offset = bytes_before(turn) * 8 / Slice::kBits;
-                const bool is_there = i * kXOfCopy + x_row < p.rows && turn < my_turns && offset + warp * Slice::kSliceK + x_chunk * 8 < p.k;
-                first[s][i] = is_there ? load_activation(x_at + static_cast<int64_t>(i) * kXOfCopy * p.k + offset) : make_uint4(0, 0, 0, 0);
-            }
-#pragma unroll
-        for (int s = 0; s < kStages; ++s)
-#pragma unroll
-            for (int i = 0; i < kXCopies; ++i) {
-                const int row = i * kXOfCopy + x_row;
-                if (row < p.rows)
-                    store_shared(x_of(ring + s * bytes_of_stage, s) + row * Slice::kXBytes + (Slice::x_chunk(row, x_chunk) << 4),
-                                 first[s][i]);
-            }
+            store_shared_if(x_row < p.rows, x_of(ring + s * bytes_of_stage, s) + x_row * Slice::kXBytes + (Slice::x_chunk(x_row, x_chunk) << 4),
+                            first[s]);
         wait_copies<kStages - 1>();
     } else {
+        wait_for_previous_grids();
         int turn = 0;
+#pragma unroll 1
         for (uint32_t stage = ring; stage < ring_end; stage += bytes_of_stage) {
             if (turn < my_turns) load_x(stage, turn);
             if (++turn == num_turns) {
@@ -199,32 +196,44 @@ __global__ void __launch_bounds__(kSkinnyThreads, leaves_half<kFormat, kScaling,
     }
     if constexpr (kNorm || kHasScales) __syncthreads();
 
-    // The output element of this thread in every reduction round.
+    // Of more than 8 rows: the output of this thread in every tile and round.
     const int units_of_tile = is_pairs ? 8 : 16;
-    const int my_unit = threadIdx.x & (units_of_tile - 1), my_column = static_cast<int>(threadIdx.x) / units_of_tile;
-    const bool i_store = my_column < kColumns && my_unit < p.tile_units;
+    [[maybe_unused]] const int my_unit = threadIdx.x & (units_of_tile - 1), my_column = static_cast<int>(threadIdx.x) / units_of_tile;
+    [[maybe_unused]] const bool i_store = my_column < kColumns && my_unit < p.tile_units;
+    // Of up to 8 rows: those of all tiles of a group are spread over the threads.
+    constexpr int kMine = (kMTiles + 1) / 2;
+    [[maybe_unused]] const int num_outputs = p.rows * kMTiles * units_of_tile;
     float square_sum[kNTiles];
 #pragma unroll
     for (int n = 0; n < kNTiles; ++n) square_sum[n] = 0.f;
     uint32_t stage = ring;
+    int slot = 0;  // of the group, in the table
 
     for (int group = 0; group < num_groups; ++group) {
         const Units u = units_of_group(group);
         if constexpr (kHasScales) {
-            if (p.scale_buffers > 1) {
-                load_scales(group + 1);
-            } else if (group > 0) {
-                load_scales(group);
+            const bool is_double = p.scale_buffers > 1;
+            if (is_double || group > 0) load_scales(is_double ? group + 1 : group);
+            if (!is_double && group > 0) {
                 commit_copies();
                 wait_copies<0>();
                 __syncthreads();
             }
         }
         // What the sums meet at the end is fetched before it is needed.
-        Addends<kFormat, kMTiles, kRounds, kScaling == Scaling::kRow> addends;
-        addends.fetch(p, u, i_store, my_unit, my_column, kColumns);
+        constexpr bool kRowScales = kScaling == Scaling::kRow;
+        [[maybe_unused]] Output<kFormat, kRowScales> mine[kMine];
+        [[maybe_unused]] Addends<kFormat, kMTiles, kRounds, kRowScales> addends;
+        if constexpr (kNTiles == 1) {
+#pragma unroll
+            for (int i = 0; i < kMine; ++i)
+                if (i == 0 || i * kSkinnyThreads < num_outputs) mine[i].find(p, u, kMTiles, threadIdx.x + i * kSkinnyThreads);
+        } else {
+            addends.fetch(p, u, i_store, my_unit, my_column, kColumns);
+        }
         [[maybe_unused]] ScaleRows<kFormat, kMTiles> scale_rows;
-        if constexpr (kHasScales) scale_rows.find(p, scale_row, u, g, shared + (scales_of(group) - smem_address(shared)));
+        if constexpr (kHasScales)
+            scale_rows.find(scale_row, g, shared + (scales_of(group) - base), shifts + slot * kMTiles * 16);
 
         float sum[kMTiles][kNTiles][4];
 #pragma unroll
@@ -288,32 +297,39 @@ __global__ void __launch_bounds__(kSkinnyThreads, leaves_half<kFormat, kScaling,
                 if (kNTiles > 1 || 2 * t + 1 < columns) at[kReduceStride] = sum[m][n][1], at[kReduceStride + 8] = sum[m][n][3];
             }
         };
-        const auto add_up = [&](const float* buffer, int m, int r) {
-            const int row = r * kColumns + my_column, unit = u.first + m * p.tile_units + my_unit;
-            if (!i_store || m * p.tile_units + my_unit >= u.count || row >= p.rows) return;
+        const auto add_up = [&](const float* buffer, int column, int in_tile, int row, int unit, float scale, float other, uint32_t addend) {
             float value = 0.f, second = 0.f, mean = 0.f;
 #pragma unroll
             for (int w = 0; w < kWarps; ++w) {
-                const float* from = buffer + (w * columns + my_column) * kReduceStride + my_unit;
+                const float* from = buffer + (w * columns + column) * kReduceStride + in_tile;
                 value += from[0];
                 if constexpr (kNorm) {
                     if (is_pairs) second += from[8];
                     mean += squares[w * kNTiles * 8 + row];
                 }
             }
-            if constexpr (kScaling == Scaling::kRow) {
-                value *= addends.scale[m];
-                second *= addends.second[m];
-            }
-            const float inverse_rms = kNorm ? rsqrtf(mean / static_cast<float>(p.k) + p.epsilon) : 1.f;
-            store_output<kNorm>(p, row, unit, value * inverse_rms, second * inverse_rms, addends.value[m][r]);
+            const float inverse_rms = kNorm ? rsqrtf(mean * p.inverse_k + p.epsilon) : 1.f;
+            if constexpr (kRowScales) value *= scale, second *= other;
+            store_output<kNorm>(p, row, unit, value * inverse_rms, second * inverse_rms, addend);
+        };
+        // Rows of a group to come take the place of this one's, which all warps have loaded.
+        const auto describe_next = [&] {
+            if (threadIdx.x < kMTiles * 16 && group + p.table_groups < num_groups)
+                describe_row(group + p.table_groups, threadIdx.x, slot * kMTiles * 16 + threadIdx.x);
+            if (++slot == p.table_groups) slot = 0;
         };
         if constexpr (kNTiles == 1) {
 #pragma unroll
             for (int m = 0; m < kMTiles; ++m) leave_sums(sums + m * reduce_floats(1, p.rows), m, 0);
             __syncthreads();
+            describe_next();
 #pragma unroll
-            for (int m = 0; m < kMTiles; ++m) add_up(sums + m * reduce_floats(1, p.rows), m, 0);
+            for (int i = 0; i < kMine; ++i) {
+                const auto& my = mine[i];
+                if (i > 0 && i * kSkinnyThreads >= num_outputs) break;
+                if (my.is_there)
+                    add_up(sums + my.tile * reduce_floats(1, p.rows), my.row, my.in_tile, my.row, my.unit, my.scale, my.second, my.addend);
+            }
             __syncthreads();
         } else {
 #pragma unroll
@@ -323,7 +339,11 @@ __global__ void __launch_bounds__(kSkinnyThreads, leaves_half<kFormat, kScaling,
                 for (int r = 0; r < kRounds; ++r) {
                     leave_sums(sums, m, r);
                     __syncthreads();
-                    add_up(sums, m, r);
+                    if (m == 0 && r == 0) describe_next();
+                    const int row = r * kColumns + my_column, unit = m * p.tile_units + my_unit;
+                    const int of_tile = kRowScales ? m : 0;
+                    if (i_store && unit < u.count && row < p.rows)
+                        add_up(sums, my_column, my_unit, row, u.first + unit, addends.scale[of_tile], addends.second[of_tile], addends.addend[m][r]);
                     __syncthreads();
                 }
             }

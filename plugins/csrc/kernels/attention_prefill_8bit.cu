@@ -41,6 +41,10 @@ struct Prefill8Params {
     float rope_scaling;
 };
 
+__device__ __forceinline__ uint4 packed_eight(const float* x) {
+    return make_uint4(pack_half(x[0], x[1]), pack_half(x[2], x[3]), pack_half(x[4], x[5]), pack_half(x[6], x[7]));
+}
+
 // ---------------------------------------------------------------- kernels
 
 template <KvFormat kFormat, int kD>
@@ -90,10 +94,8 @@ __global__ void __launch_bounds__(kAppendThreads8) prefill_append_8bit_kernel(co
         if (!is_there) continue;
         if (head < p.heads) {
             uint32_t* to = out + head * kD / 2 + piece * 4;
-            *reinterpret_cast<uint4*>(to) =
-                make_uint4(pack_half(y1[0], y1[1]), pack_half(y1[2], y1[3]), pack_half(y1[4], y1[5]), pack_half(y1[6], y1[7]));
-            *reinterpret_cast<uint4*>(to + kD / 4) =
-                make_uint4(pack_half(y2[0], y2[1]), pack_half(y2[2], y2[3]), pack_half(y2[4], y2[5]), pack_half(y2[6], y2[7]));
+            *reinterpret_cast<uint4*>(to) = packed_eight(y1);
+            *reinterpret_cast<uint4*>(to + kD / 4) = packed_eight(y2);
         } else if (is_inside) {
             const bool is_key = head < p.heads + p.kv_heads;
             const int kv_head = head - p.heads - (is_key ? 0 : p.kv_heads);
@@ -168,8 +170,7 @@ __global__ void __launch_bounds__(kScratchTokens* kD / 32) dequantize_cache_kern
             const float(&x)[16] = half == 0 ? x1 : x2;
 #pragma unroll
             for (int i = 0; i < 2; ++i)
-                scratch[half * kD / 16 + i] = make_uint4(pack_half(x[8 * i], x[8 * i + 1]), pack_half(x[8 * i + 2], x[8 * i + 3]),
-                                                         pack_half(x[8 * i + 4], x[8 * i + 5]), pack_half(x[8 * i + 6], x[8 * i + 7]));
+                scratch[half * kD / 16 + i] = packed_eight(x + 8 * i);
         }
     }
 }
@@ -186,7 +187,8 @@ int32_t launch_kernels(const QwenRtCall& call, const Device& device, const Atten
     if (const int32_t status = launch(call, prefill_append_8bit_kernel<kFormat, kD>, device, dim3(static_cast<unsigned>(a.rows)),
                                       kAppendThreads8, 0, p))
         return status;
-    const dim3 grid(static_cast<unsigned>(p.scratch_blocks), static_cast<unsigned>(p.kv_heads), static_cast<unsigned>(p.sequences));
+    const dim3 grid(static_cast<unsigned>(p.scratch_blocks), static_cast<unsigned>(p.kv_heads),
+                    static_cast<unsigned>(p.sequences));
     return launch(call, dequantize_cache_kernel<kFormat, kD>, device, grid, kScratchTokens * kD / 32, 0, p);
 }
 
@@ -226,11 +228,9 @@ int32_t launch_attention_prefill_8bit(const QwenRtCall& call, const Device& devi
     p.scratch_blocks = static_cast<int>(scratch_blocks_of(a.capacity));
     p.rope_scaling = a.rope_scaling;
     const bool is_fp8 = a.kv_format == KvFormat::kFp8;
-    const int32_t status =
-        a.head_dim == 64
-            ? (is_fp8 ? launch_kernels<KvFormat::kFp8, 64>(call, device, a, p) : launch_kernels<KvFormat::kInt8, 64>(call, device, a, p))
-            : (is_fp8 ? launch_kernels<KvFormat::kFp8, 128>(call, device, a, p)
-                      : launch_kernels<KvFormat::kInt8, 128>(call, device, a, p));
+    auto* kernels = is_fp8 ? launch_kernels<KvFormat::kFp8, 128> : launch_kernels<KvFormat::kInt8, 128>;
+    if (a.head_dim == 64) kernels = is_fp8 ? launch_kernels<KvFormat::kFp8, 64> : launch_kernels<KvFormat::kInt8, 64>;
+    const int32_t status = kernels(call, device, a, p);
     if (status != QWEN_RT_OK) return status;
     AttentionArguments over = a;
     over.k_cache = p.scratch_keys;

@@ -78,9 +78,9 @@ int32_t launch_rmsnorm_qkv(const QwenRtCall& call) {
     p.out = t[kQkv];
     p.rows = static_cast<int>(dims[kRows]);
     p.k = static_cast<int>(dims[kHiddenDim]);
-    p.segment_end[0] = static_cast<int>(dims[kQWidth]);
-    p.segment_end[1] = static_cast<int>(dims[kQWidth] + dims[kKvWidth]);
-    p.segment_end[2] = p.units = static_cast<int>(dims[kQWidth] + 2 * dims[kKvWidth]);
+    p.first_unit[1] = static_cast<int>(dims[kQWidth]);
+    p.first_unit[2] = static_cast<int>(dims[kQWidth] + dims[kKvWidth]);
+    p.units = static_cast<int>(dims[kQWidth] + 2 * dims[kKvWidth]);
     p.epsilon = static_cast<float>(call.attributes[kEpsilon]);
     return launch_skinny(call, matrices, p, skinny_scratch(call, workspace_rmsnorm_qkv(dims, call.num_dims)));
 }
