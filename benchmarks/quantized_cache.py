@@ -15,6 +15,7 @@ from qwen_rt.quantization import KV_LARGEST
 
 __all__ = ["KvCache", "quantize_heads", "random_cache"]
 
+_BLOCKS_AT_ONCE = 1024  # made in float64
 _DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
@@ -93,8 +94,8 @@ def quantize_heads(x: Tensor, kv_format: str) -> tuple[Tensor, Tensor]:
     """
     vectors, largest = x.double(), KV_LARGEST[kv_format]
     scales = (vectors.abs().amax(-1) / largest).float()
-    divisors = torch.where(scales == 0, 1.0, scales.double())
-    scaled = (vectors / divisors[..., None]).clamp(-largest, largest)
+    divisors = scales.double().masked_fill(scales == 0, 1.0).unsqueeze(-1)
+    scaled = (vectors / divisors).clamp(-largest, largest)
     if kv_format == "fp8":
         return scaled.float().to(torch.float8_e4m3fn), scales
     return scaled.round().to(torch.int8), scales
@@ -110,12 +111,9 @@ def random_cache(
         return KvCache(kv_format, keys, values)
     pools, scales = [], []
     for _ in range(2):
-        pool, scale = torch.empty(shape, dtype=_DTYPES[kv_format], device="cuda"), torch.empty(shape[:3], device="cuda")
-        for first in range(0, num_blocks, 1024):
-            part = torch.empty((min(1024, num_blocks - first), *shape[1:]), device="cuda").normal_()
-            numbers, scale[first : first + 1024] = quantize_heads(part, kv_format)
-            pool.view(torch.uint8)[first : first + 1024] = numbers.view(torch.uint8)
-        pools.append(pool)
-        scales.append(scale)
+        counts = [min(_BLOCKS_AT_ONCE, num_blocks - first) for first in range(0, num_blocks, _BLOCKS_AT_ONCE)]
+        parts = [quantize_heads(torch.empty((n, *shape[1:]), device="cuda").normal_(), kv_format) for n in counts]
+        pools.append(torch.cat([numbers.view(torch.uint8) for numbers, _ in parts]).view(_DTYPES[kv_format]))
+        scales.append(torch.cat([part for _, part in parts]))
     drawn = [torch.empty(kv_heads, head_dim, device="cuda").normal_() * offset if offset else None for _ in range(2)]
     return KvCache(kv_format, *pools, *scales, *drawn)

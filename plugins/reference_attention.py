@@ -67,7 +67,8 @@ def rope_kv_append_attention(
         kv_format: Of the cache, a number of `KV_CACHE_FORMATS`.
         bf16: Round as the kernel does. A key that is quantized is rounded once, to eight bits. Those are exact in
             bfloat16; the scale of a key is applied to its score, the scale of a value to its exponential, and that
-            product is what is rounded. Offsets are exact.
+            product is what is rounded. Offsets are exact. The kernel of a quantized cache rounds at the same places to
+            three bits more, and a query not at all where it meets an offset; a prefill adds offsets in float16.
 
     Returns:
         f64[rows, q_width]; copies of both caches with the new tokens, f64, or as they came if quantized; then copies

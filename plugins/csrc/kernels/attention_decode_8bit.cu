@@ -116,16 +116,16 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, kStages < 3 ? 2 : 1)
     uint32_t query[kChunks][2];
     float score_factor[2];
     float2 angle[kD / 64] = {}, step[kD / 64] = {};  // of the next tile's first token; of kTileStep tokens
-    float ahead[kAhead][2][4] = {};                  // offset scores of the next tiles, zeros without an offset
-    const auto move_ahead = [&](bool has_next) {
+    float ahead[kAhead][2][4];                       // offset scores of the next tiles, zeros without an offset
+    const auto next_offset_scores = [&] {
+#pragma unroll
+        for (int a = 0; a + 1 < kAhead; ++a)
+#pragma unroll
+            for (int i = 0; i < 8; ++i) ahead[a][i >> 2][i & 3] = ahead[a + 1][i >> 2][i & 3];
         float(&score)[2][4] = ahead[kAhead - 1];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-#pragma unroll
-            for (int a = 0; a + 1 < kAhead; ++a) ahead[a][i >> 2][i & 3] = ahead[a + 1][i >> 2][i & 3];
-            score[i >> 2][i & 3] = 0.f;
-        }
-        if (!has_next) return;
+        for (int i = 0; i < 8; ++i) score[i >> 2][i & 3] = 0.f;
+        if (!has_offset) return;
         __syncwarp();
 #pragma unroll
         for (int k = 0; k < kD / 64; ++k) {
@@ -171,6 +171,11 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, kStages < 3 ? 2 : 1)
             }
             score_factor[0] = factors[2 * t].y, score_factor[1] = factors[2 * t + 1].y;
         }
+#pragma unroll 1
+        for (int a = 0; a < min(kAhead, num_tiles); ++a) next_offset_scores();  // while the first bytes are on their way
+        if (kAhead > 1 && num_tiles == 1)
+#pragma unroll
+            for (int i = 0; i < 8; ++i) ahead[0][i >> 2][i & 3] = ahead[kAhead - 1][i >> 2][i & 3];
 
         float sums[kChunks][4];  // of value dims 16 c + 2 g, + 1 (upper two) and heads 2 t, 2 t + 1
 #pragma unroll
@@ -182,13 +187,15 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, kStages < 3 ? 2 : 1)
 
         int stage = 0;
 #pragma unroll 1
-        for (int index = has_offset ? -kAhead : 0; index < num_tiles; ++index) {  // turns below 0 only look ahead
+        for (int index = 0; index < num_tiles; ++index) {
             const int first = first_token(index);
             float score[2][4] = {}, offset_score[2][4];  // of tokens 16 m + g, + 8 (upper two) and heads 2 t, 2 t + 1
 #pragma unroll
             for (int i = 0; i < 8; ++i) offset_score[i >> 2][i & 3] = ahead[0][i >> 2][i & 3];
-            if (has_offset) move_ahead(index + kAhead < num_tiles);
-            if (index < 0) continue;
+            if (index + kAhead < num_tiles) next_offset_scores();
+            else if (kAhead > 1)
+#pragma unroll
+                for (int i = 0; i < 8; ++i) ahead[0][i >> 2][i & 3] = ahead[kAhead - 1][i >> 2][i & 3];
             const uint32_t keys = ring + stage * Shared::kStageBytes, values = keys + Shared::kTileBytes;
             float* key_scales = reinterpret_cast<float*>(shared + (values - base) + Shared::kTileBytes);
             float* value_scales = key_scales + kByteTile;
