@@ -103,7 +103,8 @@ def prepare(
         if EMBEDDING in schemes and not _can_look_up(schemes[EMBEDDING]):
             del schemes[EMBEDDING]  # stored as floats instead
         stored, method = frozenset(schemes), "checkpoint"
-        _check_units(spec.num_layers, schemes, rows if target == "cuda" else None)
+        if target == "cuda":
+            _check_units(spec.num_layers, schemes, rows)
     elif precision in FORMATS:
         wanted = SchemeOptions(
             precision, options.group_size, options.symmetric, options.lm_head, options.embedding, options.overrides
@@ -147,8 +148,8 @@ def _can_look_up(scheme: Scheme) -> bool:
     return scheme.format != "int4" and scheme.symmetric and not scheme.permuted
 
 
-def _check_units(num_layers: int, schemes: Mapping[str, Scheme], rows: CheckpointRows | None) -> None:
-    """Demand one scheme, and on a GPU one order of columns, of matrices that a kernel multiplies in one go."""
+def _check_units(num_layers: int, schemes: Mapping[str, Scheme], rows: CheckpointRows) -> None:
+    """Demand one scheme and one order of columns of matrices that a kernel multiplies in one go."""
     for layer in range(num_layers):
         for unit in UNITS:
             first, *others = matrix_names(layer, unit)
@@ -156,10 +157,10 @@ def _check_units(num_layers: int, schemes: Mapping[str, Scheme], rows: Checkpoin
                 if schemes.get(name) != schemes.get(first):
                     raise UnsupportedModelError(
                         f"{first} is {schemes.get(first) or 'not quantized'}, {name} {schemes.get(name) or 'is not'}",
-                        "one scheme for matrices that read the same input",
-                        "build with --precision bf16, or quantize anew with --precision int4",
+                        "one scheme for matrices that read the same input, on target cuda",
+                        "build with --target cpu, or with --precision bf16",
                     )
-            if rows is not None and first in schemes and schemes[first].permuted:
+            if first in schemes and schemes[first].permuted:
                 _check_order([first, *others], rows)
 
 

@@ -15,7 +15,7 @@ from qwen_rt.benchmarks.nano.heldout import load as load_problems
 from qwen_rt.bundle import Bundle
 from qwen_rt.errors import CapacityError, MissingDependencyError, QwenRtError
 from qwen_rt.plugins.library import PluginLibrary, load
-from qwen_rt.quantization import decode_fp8
+from qwen_rt.quantization import KV_FORMATS, decode_fp8
 from qwen_rt.runtime.cuda.cudart import Cudart
 from qwen_rt.runtime.cuda.memory import Resources
 from qwen_rt.runtime.cuda.session import CudaSession
@@ -169,6 +169,33 @@ def test_every_bucket_agrees_with_a_prefill_of_the_same_tokens(session: CudaSess
         assert top is not None
         choice = top.top_ids.tolist().index(row.output_ids[-1])
         assert top.top_logprobs[0] - top.top_logprobs[choice] < 0.1, bucket
+
+
+@pytest.mark.parametrize("kv_format", KV_FORMATS)
+def test_a_quantized_cache(library: PluginLibrary, nano_portable: Path, kv_format: str) -> None:
+    """Steps choose what a prefill of the same tokens would, a rounding error aside, whoever their batch mates are."""
+    from qwen_rt.export.build import BuildOptions, build
+    from qwen_rt.export.settings import QuantizeOptions
+
+    folder = nano_portable.parent / f"cuda-{kv_format}-cache"
+    options = BuildOptions(target="cuda", quantize=QuantizeOptions(kv_cache=kv_format), gate=False, quiet=True)
+    build(nano_portable, folder, options)
+    with CudaSession(Bundle.open(folder), kv_memory=KV_BYTES, quiet=True) as session:
+        rows = make_rows(session, [200, 9, 70])
+        for row in rows:
+            feed(session, row)
+        starts = [list(row.output_ids) for row in rows]
+        run(session, rows, 12)
+        for row, start in zip(rows, starts, strict=True):
+            together, row.output_ids = row.output_ids, start
+            run(session, [row], 12)
+            assert row.output_ids == together
+            fed = RowState((*row.prompt_ids, *row.output_ids[:-1]), row.params, 0, row.blocks)
+            top = feed(session, fed).logprobs[0]
+            assert top is not None
+            choice = top.top_ids.tolist().index(row.output_ids[-1])
+            assert top.top_logprobs[0] - top.top_logprobs[choice] < 0.1
+        assert session.memory_report().unaccounted_share < 0.02
 
 
 def test_the_memory_report_agrees_with_the_driver(session: CudaSession) -> None:
