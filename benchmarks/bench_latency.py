@@ -206,9 +206,9 @@ def _start_random(
     with tempfile.TemporaryDirectory(prefix="qwen-rt-bench-") as folder:
         write_sparse(Path(folder), shape.config(), num_shards=4)
         checkpoint = Checkpoint.open(folder)
-        given = {} if precision == "bf16" else {"precision": precision}
         kv = random_offsets(checkpoint.spec, kv_format)
-        graph = cuda_graph_bytes(checkpoint, plan.max_length, kv=kv, **given)
+        quantized = None if precision == "bf16" else precision
+        graph = cuda_graph_bytes(checkpoint, plan.max_length, kv=kv, precision=quantized)
     start = time.perf_counter()
     with CudaSession.from_graph(
         graph,

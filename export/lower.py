@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -19,6 +21,8 @@ from qwen_rt.export.portable import (
     portable_graph,
 )
 from qwen_rt.quantization import key_offset_name
+from qwen_rt.safetensors_header import BYTES_OF_DTYPE
+from qwen_rt.spec import ModelSpec
 
 if TYPE_CHECKING:
     from qwen_rt.export.quantize.kv import KvPlan
@@ -86,20 +90,43 @@ def graph_bytes(model: ir.Model) -> bytes:
     return data
 
 
-def cuda_graph_bytes(checkpoint: Checkpoint, max_length: int, *, kv: KvPlan | None = None) -> bytes:
+def cuda_graph_bytes(
+    checkpoint: Checkpoint, max_length: int, *, kv: KvPlan | None = None, precision: str | None = None
+) -> bytes:
     """Make the graph of target `cuda` for a checkpoint stored as bfloat16, without a bundle around it.
 
     Args:
         checkpoint: The model; its shards may be sparse, since no weight is read and nothing is hashed.
         max_length: Positions that the graph can reach.
         kv: How the KV cache is quantized; None for one of bfloat16.
+        precision: Format of the layers' matrices, in its default scheme; None for bfloat16.
 
     Returns:
-        The serialized graph. Its weights are references by file name into the checkpoint's shards.
+        The serialized graph. Its weights are references by file name into the checkpoint's shards, quantized ones into
+        `quantized.safetensors`, which nobody has written: a loader that makes weights up needs no file.
 
     Raises:
         GraphError: A weight is not stored as bfloat16.
         UnsupportedModelError: The kernels do not take the model's shape.
+        UsageError: The precision's groups do not divide the model's columns.
     """
     check_cuda_shapes(checkpoint.spec)
-    return graph_bytes(lowered_graph(checkpoint, "cuda", max_length, checkpoint_locations(checkpoint), kv=kv))
+    locations = checkpoint_locations(checkpoint)
+    quantized = {} if precision is None else _unwritten(checkpoint.spec, precision)
+    return graph_bytes(lowered_graph(checkpoint, "cuda", max_length, locations, quantized=quantized, kv=kv))
+
+
+def _unwritten(spec: ModelSpec, precision: str) -> dict[str, QuantizedLocation]:
+    """Places of the layers' matrices in a file that holds their parts one behind the other."""
+    from qwen_rt.export.quantize.plan import SchemeOptions, plan_schemes
+
+    found, offset = {}, 0
+    for name, scheme in plan_schemes(spec, SchemeOptions(precision)).items():
+        shape = spec.parameters()[name]
+        parts = {}
+        for part, (dtype, size) in scheme.parts(shape).items():
+            nbytes = BYTES_OF_DTYPE[dtype] * math.prod(size)
+            parts[part] = WeightLocation(Path("quantized.safetensors"), offset, nbytes, dtype, size)
+            offset += nbytes
+        found[name] = QuantizedLocation(scheme, shape, parts)
+    return found

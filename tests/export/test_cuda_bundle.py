@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -24,7 +25,7 @@ from qwen_rt.export.source import open_source
 from qwen_rt.export.stamp import stamp_layers
 from qwen_rt.export.trace import trace_single_layer
 from qwen_rt.inspection import inspect
-from qwen_rt.ops import BLOCK_SIZE, DOMAIN, POLYMORPHIC, find_op, shape_of
+from qwen_rt.ops import BLOCK_SIZE, DOMAIN, POLYMORPHIC, WEIGHT_FORMATS, find_op, shape_of
 from qwen_rt.runtime.session import CpuSession
 from qwen_rt.safetensors_header import read_header
 from qwen_rt.spec import ModelSpec
@@ -324,6 +325,21 @@ def test_the_graph_alone_is_that_of_the_bundle_and_reads_no_weight(linked: Path,
             file.truncate(start)
             file.truncate(header.nbytes)
     assert cuda_graph_bytes(Checkpoint.open(sparse), 1000) == (linked / GRAPH_FILE).read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8", "int4"])
+def test_a_graph_of_quantized_weights_without_their_file(precision: str) -> None:
+    """What a loader that makes weights up needs: names, types, shapes, and sizes of the parts."""
+    checkpoint = Checkpoint.open("nano")
+    model = onnx.load_from_string(cuda_graph_bytes(checkpoint, 64, precision=precision))
+    parts = [i for i in model.graph.initializer if "_proj.weight" in i.name]
+    assert len(parts) == 2 * 7 * checkpoint.spec.num_layers, "numbers and scales of every matrix"
+    places = [{entry.key: entry.value for entry in part.external_data} for part in parts]
+    assert {place["location"] for place in places} == {"quantized.safetensors"}
+    ends = sorted((int(place["offset"]), int(place["length"])) for place in places)
+    assert all(start + size == following for (start, size), (following, _) in itertools.pairwise(ends))
+    formats = {a.f for node in model.graph.node for a in node.attribute if a.name == "weight_format"}
+    assert formats == {0.0, float(WEIGHT_FORMATS[precision])}
 
 
 def test_the_graph_alone_refuses_what_it_cannot_refer_to(zoo: Zoo) -> None:
