@@ -29,8 +29,8 @@ def quantize_linear(
         Gather(table, ids) → (Gather(values, ids)) · Gather(scales, ids)
 
     ONNX Runtime works the second kind's matrix out while it loads, so it takes four bytes a weight in memory: its CPU
-    provider has no product with 8-bit floats, and its product of int8 with float32 activations is far slower than one in
-    float32. A permuted matrix gets its activations permuted.
+    provider has no product with 8-bit floats, and its product of int8 with float32 activations is far slower than one
+    in float32. A permuted matrix gets its activations permuted.
 
     Args:
         model: A graph after `fuse_linear`, computing in float32, whose quantized matrices have no data; changed in
