@@ -2,7 +2,8 @@
 
 A bar takes a value from the metrics of one row: its sources are tried in order, and of a source's rows the newest one
 counts that has what the value needs. A value is arithmetic on metrics (`first_token_ms * matrix_tflop_s / 790`; of
-samples the median counts); `base.NAME` is a metric of the row of the SAME RUN that differs as `base` says.
+samples the median counts); `base.NAME` is a metric of the row of the SAME RUN that differs as `base` says: in settings,
+and in `contender` to compare with a peer.
 
     [[bar]]
     id = "7b-16-rows"                 unique
@@ -16,7 +17,7 @@ samples the median counts); `base.NAME` is a metric of the row of the SAME RUN t
       { benchmark = "latency", contender = "qwen-rt", where.rows = 16, base.rows = 1, value = "itl_ms / base.itl_ms" },
     ]
 
-`where` names settings; a list means any of its values.
+`where` names settings; a list means any of its values. `most_gpu_gb` leaves out rows of GPUs with more memory.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ import ast
 import operator
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen_rt.benchmarks.harness import number_of
+from qwen_rt.benchmarks.harness import number_of, settings_of
 from qwen_rt.errors import UsageError
 
 __all__ = ["BARS_FILE", "Bar", "Source", "Verdict", "judge", "load", "markdown", "render"]
@@ -54,7 +55,7 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[float, float], float]] = {
 _BAR_KEYS = {"id": str, "issue": int, "text": str, "op": str, "limit": (int, float), "from": list}
 _BAR_OPTIONS = {"unit": str, "peer": str}
 _SOURCE_KEYS = {"benchmark": str, "contender": str, "where": dict, "value": str}
-_SOURCE_OPTIONS = {"base": dict}
+_SOURCE_OPTIONS = {"base": dict, "most_gpu_gb": (int, float)}
 _FORM = "keys as the head of benchmarks/bars.py lists them"
 
 
@@ -63,10 +64,17 @@ class Source:
     """Where a value comes from: rows of a benchmark whose settings are as `where` says."""
 
     benchmark: str
-    contender: str
+    contender: str | list[str]
     where: Mapping[str, Any]
     value: str
     base: Mapping[str, Any] | None = None
+    most_gpu_gb: float | None = None
+
+    def of_base(self) -> Source:
+        """The same source with what `base` changes."""
+        changes = dict(self.base or {})
+        contender = changes.pop("contender", self.contender)
+        return replace(self, contender=contender, where={**self.where, **changes})
 
 
 @dataclass(frozen=True)
@@ -212,17 +220,24 @@ def _evaluate(node: ast.expr, metrics: Mapping[str, float]) -> float:
     return metrics[ast.unparse(node)]
 
 
-def _matches(row: Row, source: Source, where: Mapping[str, Any]) -> bool:
-    def agrees(name: str, wanted: object) -> bool:
-        if name not in row["settings"]:
-            return False
-        return bool(row["settings"][name] in wanted if isinstance(wanted, list) else row["settings"][name] == wanted)
+def _matches(row: Row, source: Source) -> bool:
+    settings = settings_of(row)
+
+    def agrees(found: object, wanted: object) -> bool:
+        return bool(found in wanted if isinstance(wanted, list) else found == wanted)
 
     return (
-        (row["benchmark"], row["contender"]) == (source.benchmark, source.contender)
+        row["benchmark"] == source.benchmark
+        and agrees(row["contender"], source.contender)
         and row["check"].get("passed") is True
-        and all(agrees(name, wanted) for name, wanted in where.items())
+        and all(name in settings and agrees(settings[name], wanted) for name, wanted in source.where.items())
+        and (source.most_gpu_gb is None or _gpu_gb(row) <= source.most_gpu_gb)
     )
+
+
+def _gpu_gb(row: Row) -> float:
+    """Memory of the row's GPU; infinite if there is none or it is not known."""
+    return float((row["device"].get("gpu") or {}).get("memory_gb", "inf"))
 
 
 def _metrics(row: Row, prefix: str = "") -> dict[str, float]:
@@ -238,11 +253,11 @@ def _value_of(source: Source, rows: Sequence[Row]) -> tuple[float, Row] | None:
     """Return the value by the newest row that has all it needs, and that row."""
     tree = _parse(source.benchmark, source.value)
     names = _names(tree)
-    for row in _newest_first([row for row in rows if _matches(row, source, source.where)]):
+    for row in _newest_first([row for row in rows if _matches(row, source)]):
         metrics = _metrics(row)
         if source.base is not None:
-            where = {**source.where, **source.base}
-            bases = [other for other in rows if other["run"] == row["run"] and _matches(other, source, where)]
+            base = source.of_base()
+            bases = [other for other in rows if other["run"] == row["run"] and _matches(other, base)]
             metrics |= _metrics(_newest_first(bases)[0], "base.") if bases else {}
         if names <= metrics.keys():
             try:

@@ -11,52 +11,50 @@ through the model that share no matrix kernel.
 Rows of `latency.jsonl`, by `settings.what`:
     decode     one for each point: ms a token as the engine gets them, the step alone on the device, the ratio to the
                floor (bytes of all linear weights and the LM head over the bandwidth; `_with_kv`: and of the keys and
-               values), tok/s of all rows, host µs of a step
-    prefill    one for each prompt: ms from its start to the first token, TFLOP/s, and the rate of a product of 8192³
-    session    one: seconds to load, memory by use, and what the driver says that it lost
+               values), tok/s of all rows, host µs of a step; for long prompts what their keys and values add
+    prefill    one for each prompt: ms from its start to the first token, TFLOP/s, and the rates of products of 8192³
+    session    one: seconds to load and to the first token, tokens of the cache, memory by use, and what the driver says
+               that it lost
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from qwen_rt.benchmarks import harness
-from qwen_rt.benchmarks.checkpoints import write_sparse
+from qwen_rt.benchmarks.checkpoints import random_offsets, write_sparse
 from qwen_rt.benchmarks.kernel_shapes import SHAPES, ModelShape
 from qwen_rt.benchmarks.latency import (
+    BASE_PROMPT,
     Plan,
     TimedSession,
     check_tokens,
     decode_metrics,
     prefill_metrics,
     session_metrics,
+    tie_of,
     time_first_tokens,
     time_steps,
 )
 from qwen_rt.benchmarks.latency_report import draw_latency, latency_text, load_pyplot
-from qwen_rt.benchmarks.measure import gpu_read_bandwidth, matrix_rate_of_child
+from qwen_rt.benchmarks.measure import gpu_read_bandwidth, matrix_rates_of_child, process_seconds
 from qwen_rt.bundle import Bundle
 from qwen_rt.checkpoint import Checkpoint
-from qwen_rt.errors import UsageError
+from qwen_rt.errors import QwenRtError, UsageError
 from qwen_rt.machine import Started, gpu_probe_command, read_gpus
 from qwen_rt.plugins.library import load
 from qwen_rt.progress import Progress, progress
 from qwen_rt.runtime.cuda.cudart import Cudart
 from qwen_rt.runtime.cuda.graph import split_weights
-from qwen_rt.spec import ModelSpec
-
-if TYPE_CHECKING:
-    from qwen_rt.export.quantize.kv import KvPlan
 
 __all__ = ["Gpu", "Model", "Plan", "find_model", "measure", "open_gpu", "run"]
 
@@ -74,12 +72,16 @@ class Gpu:
     name: str
     bandwidth: float
     matrix_rate: float | None
+    matrix_rate_fp8: float | None = None
+    open_s: float = 0.0
+    """Seconds until the device was open and the library loaded, without the measuring."""
 
     def describe(self) -> dict[str, Any]:
         """Return what a row says of it."""
-        rate = {} if self.matrix_rate is None else {"matrix_tflop_s": round(self.matrix_rate / 1e12, 1)}
+        rates = {"matrix_tflop_s": self.matrix_rate, "matrix_fp8_tflop_s": self.matrix_rate_fp8}
         memory_gb = round(self.cuda.memory_info()[1] / 1e9, 1)
-        return {"name": self.name, "memory_gb": memory_gb, "read_gb_s": round(self.bandwidth / 1e9, 1)} | rate
+        found = {"name": self.name, "memory_gb": memory_gb, "read_gb_s": round(self.bandwidth / 1e9, 1)}
+        return found | {name: round(rate / 1e12, 1) for name, rate in rates.items() if rate is not None}
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,11 @@ def open_gpu(device: int, *, with_matrix_rate: bool) -> Gpu:
         MissingDependencyError: No driver, GPU, CUDA runtime or plugin library; the message says how to get it.
         UsageError: No GPU of that number.
     """
+    started = time.perf_counter()
     cuda = Cudart()
     sm = cuda.open_device(device)
     library = load(sm=sm)
+    open_s = time.perf_counter() - started
     gpus = read_gpus(Started(gpu_probe_command()))
     name = gpus.gpus[device].name if device < len(gpus.gpus) else f"GPU of SM {sm}"
     runtime = cuda.runtime_version
@@ -124,8 +128,9 @@ def open_gpu(device: int, *, with_matrix_rate: bool) -> Gpu:
         "nvcc": library.build_info.get("nvcc", "unknown"),
         "plugins": library.build_info.get("sources", "unknown"),
     }
-    rate = matrix_rate_of_child(device) if with_matrix_rate else None
-    return Gpu(cuda, library.path, used, name, gpu_read_bandwidth(cuda, library), rate)
+    rates = matrix_rates_of_child(device) if with_matrix_rate else {}
+    bandwidth = gpu_read_bandwidth(cuda, library)
+    return Gpu(cuda, library.path, used, name, bandwidth, rates.get("bf16"), rates.get("fp8"), open_s)
 
 
 def find_model(
@@ -179,20 +184,6 @@ def floor_bytes_of(bundle: Bundle) -> int:
     table = "" if spec.tie_word_embeddings else "model.embed_tokens."
     matrices = [weight for weight in weights if len(weight.shape) > 1 and not weight.name.endswith(".kv_offset")]
     return sum(weight.nbytes for weight in matrices if not (table and table in weight.name))
-
-
-def random_offsets(spec: ModelSpec, kv_format: str) -> KvPlan | None:
-    """Offsets of a few times one for every layer of a quantized cache; None for a cache of bf16."""
-    if kv_format == "bf16":
-        return None
-    from qwen_rt.export.quantize.kv import KvLayer, KvPlan
-
-    rng, size = np.random.default_rng(0), (spec.num_kv_heads, spec.head_dim)
-
-    def draw() -> NDArray[np.float32]:
-        return (3 * rng.standard_normal(size)).astype(np.float32)
-
-    return KvPlan(kv_format, tuple(KvLayer(draw(), draw(), None, None, (), ()) for _ in range(spec.num_layers)))
 
 
 @contextlib.contextmanager
@@ -251,7 +242,9 @@ def read_files(files: Sequence[Path], quiet: bool) -> None:
                     advance.update(count)
 
 
-def measure(model: Model, plan: Plan, gpu: Gpu, write: Write, *, quiet: bool = False) -> None:
+def measure(
+    model: Model, plan: Plan, gpu: Gpu, write: Write, *, begun_s: float | None = None, quiet: bool = False
+) -> None:
     """Load, check and time one model.
 
     Args:
@@ -259,6 +252,8 @@ def measure(model: Model, plan: Plan, gpu: Gpu, write: Write, *, quiet: bool = F
         plan: What is timed.
         gpu: From `open_gpu`.
         write: Gets every figure as soon as it is there.
+        begun_s: Seconds that the process took until it opened the device, if this is its first model: then the time
+            from its start to a first token is known.
         quiet: No progress on stderr.
 
     Raises:
@@ -269,8 +264,12 @@ def measure(model: Model, plan: Plan, gpu: Gpu, write: Write, *, quiet: bool = F
     settings |= {"source": model.source, "layers": model.shape.layers}
     free_before, _ = gpu.cuda.memory_info()
     with model.start(gpu, plan) as (session, load_s):
-        check = check_tokens(session)
+        started = time.perf_counter()
+        session.time_prefill(BASE_PROMPT, 1)
+        first_s = None if begun_s is None else begun_s + gpu.open_s + load_s + time.perf_counter() - started
+        check = check_tokens(session, tie=tie_of(model.precision, model.kv_format))
         host_us: list[float] = []
+        base_ms: dict[int, float] = {}
         count = len(plan.points) + len(plan.first_token_prompts)
         with Progress(count, f"{model.name} points", quiet=quiet) as done:
             for rows, prompt in plan.points:
@@ -288,16 +287,22 @@ def measure(model: Model, plan: Plan, gpu: Gpu, write: Write, *, quiet: bool = F
                     gpu.bandwidth,
                     model.kv_format,
                 )
+                itl_ms = metrics["itl_ms"]["median"]
+                if prompt == BASE_PROMPT:
+                    base_ms[rows] = itl_ms
+                elif prompt > BASE_PROMPT:
+                    metrics["kv_part_ms"] = itl_ms - base_ms[rows]
                 write(metrics, settings | {"what": "decode", "rows": rows, "prompt": prompt}, check)
                 done.update()
             for prompt in plan.first_token_prompts:
                 requests, back_to_back = time_first_tokens(session, prompt, plan.repeats)
-                metrics = prefill_metrics(model.shape, prompt, requests, back_to_back, gpu.matrix_rate)
+                rates = gpu.matrix_rate, gpu.matrix_rate_fp8
+                metrics = prefill_metrics(model.shape, prompt, requests, back_to_back, *rates)
                 write(metrics, settings | {"what": "prefill", "prompt": prompt}, check)
                 done.update()
         driver_bytes = free_before - gpu.cuda.memory_info()[0]
         rate = session.load_stats.gb_s if model.source == "bundle" else None
-        metrics = session_metrics(session.memory_report(), driver_bytes, load_s, rate, host_us)
+        metrics = session_metrics(session, driver_bytes, load_s, first_s, rate, host_us)
         write(metrics, settings | {"what": "session", "max_length": plan.max_length}, check)
 
 
@@ -306,8 +311,8 @@ def run(
     plan: Plan,
     *,
     layers: int | None = None,
-    precision: str | None = None,
-    kv_format: str | None = None,
+    precisions: Sequence[str | None] = (None,),
+    kv_formats: Sequence[str | None] = (None,),
     device: int = 0,
     output: Path | None = None,
     picture: Path | None = None,
@@ -319,17 +324,20 @@ def run(
         names: Shapes and bundles.
         plan: What is timed.
         layers: Of shapes, if fewer than they have.
-        precision: Of shapes' layers; None for bf16.
-        kv_format: Of shapes' KV caches; None for bf16.
+        precisions: Of shapes' layers, each with every one of `kv_formats`; None for bf16.
+        kv_formats: Of shapes' KV caches; None for bf16.
         device: The GPU's number.
         output: The file of rows; None writes none.
         picture: A drawing of the ratios, .svg or .png.
         quiet: No progress on stderr.
 
     Raises:
-        QwenRtError: Something is absent, does not fit or is not correct; one line.
+        QwenRtError: Something is absent, does not fit or is not correct; one line. Of several models each is told of
+            on stderr, and the others are timed all the same.
     """
-    models = [find_model(name, layers, device, quiet, precision, kv_format) for name in names]
+    begun_s = process_seconds()
+    variants = itertools.product(names, precisions, kv_formats)
+    models = [find_model(name, layers, device, quiet, stored, cache) for name, stored, cache in variants]
     if picture is not None and picture.suffix not in (".svg", ".png"):
         raise UsageError(f"--picture {picture.name}", "a name ending in .svg or .png", "rename it")
     if picture is not None:
@@ -355,9 +363,19 @@ def run(
         if output is not None:
             harness.append_row(rows[-1], output)
 
+    failed = 0
     for model in models:
         first = len(rows)
-        measure(model, plan, gpu, write, quiet=quiet)
-        print(latency_text(rows[first:]), flush=True)
-    if picture is not None:
+        try:
+            measure(model, plan, gpu, write, begun_s=begun_s if model is models[0] else None, quiet=quiet)
+        except QwenRtError as error:
+            if len(models) == 1:
+                raise
+            failed += 1
+            print(f"{model.name}, {model.precision}, {model.kv_format} KV: {error}", file=sys.stderr, flush=True)
+        if len(rows) > first:
+            print(latency_text(rows[first:]), flush=True)
+    if picture is not None and rows:
         draw_latency(rows, picture)
+    if failed:
+        raise QwenRtError(f"{failed} of {len(models)} models failed", "figures of all", "see the lines above")

@@ -7,18 +7,24 @@ anything that reads or copies a weight shows. `write_random` makes a small one t
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 
 from qwen_rt.safetensors_header import write_header
 from qwen_rt.spec import ModelSpec
 
+if TYPE_CHECKING:
+    from qwen_rt.export.quantize.kv import KvPlan
+
 __all__ = [
     "QWEN2_05B",
     "QWEN2_72B",
+    "random_offsets",
     "split_shards",
     "write_random",
     "write_repeated",
@@ -150,7 +156,13 @@ def write_random(folder: Path, config: dict[str, Any], num_shards: int = 2, seed
     return paths
 
 
-def write_repeated(folder: Path, config: dict[str, Any], num_shards: int = 2, seed: int = 0) -> list[Path]:
+def write_repeated(
+    folder: Path,
+    config: dict[str, Any],
+    num_shards: int = 2,
+    seed: int = 0,
+    factors: Mapping[str, float] | None = None,
+) -> list[Path]:
     """Write a bf16 checkpoint at the speed of the disk: as `write_random`, but the random numbers repeat.
 
     They repeat after a prime number of elements, so no two rows of a matrix are alike within many thousand rows.
@@ -160,12 +172,15 @@ def write_repeated(folder: Path, config: dict[str, Any], num_shards: int = 2, se
         config: Its config.json.
         num_shards: Safetensors files.
         seed: Of the weights; the same seed gives the same bytes.
+        factors: End of a name → power of two that its numbers are multiplied by.
 
     Returns:
         The shards.
     """
+    factors = factors or {}
     numbers = np.random.default_rng(seed).standard_normal(_REPEAT_ELEMENTS, np.float32)
-    block = (numbers * np.float32(config["initializer_range"])).astype(ml_dtypes.bfloat16).view(np.uint16)
+    block = (numbers * np.float32(config["initializer_range"])).astype(ml_dtypes.bfloat16)
+    blocks = {factor: (block * ml_dtypes.bfloat16(factor)).view(np.uint16) for factor in {1.0, *factors.values()}}
     paths, at = [], 0
     for path, header, tensors in _write_layout(folder, config, num_shards):
         with path.open("wb") as file:
@@ -175,12 +190,27 @@ def write_repeated(folder: Path, config: dict[str, Any], num_shards: int = 2, se
                 if name.endswith("norm.weight"):
                     file.write(np.ones(left, ml_dtypes.bfloat16).tobytes())
                     continue
+                factor = next((factor for end, factor in factors.items() if name.endswith(end)), 1.0)
                 while left:
                     size = min(left, _REPEAT_ELEMENTS - at)
-                    file.write(block[at : at + size].tobytes())
+                    file.write(blocks[factor][at : at + size].tobytes())
                     left, at = left - size, (at + size) % _REPEAT_ELEMENTS
         paths.append(path)
     return paths
+
+
+def random_offsets(spec: ModelSpec, kv_format: str) -> KvPlan | None:
+    """Offsets of a few times one for every layer of a quantized cache; None for a cache of bf16."""
+    if kv_format == "bf16":
+        return None
+    from qwen_rt.export.quantize.kv import KvLayer, KvPlan
+
+    rng, size = np.random.default_rng(0), (spec.num_kv_heads, spec.head_dim)
+
+    def draw() -> NDArray[np.float32]:
+        return (3 * rng.standard_normal(size)).astype(np.float32)
+
+    return KvPlan(kv_format, tuple(KvLayer(draw(), draw(), None, None, (), ()) for _ in range(spec.num_layers)))
 
 
 def _byte_letters() -> list[str]:

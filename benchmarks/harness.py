@@ -50,6 +50,7 @@ __all__ = [
     "problems_of",
     "read_rows",
     "results_file",
+    "settings_of",
     "summarize",
     "versions",
     "write_row",
@@ -74,8 +75,11 @@ FIELDS = (
 )
 """What every row has; `bars` is optional."""
 
-UNITS = ("_gb_s", "_tok_s", "_tflop_s", "_ms", "_us", "_s", "_gb", "_mb", "_bytes", "_ratio")
+UNITS = ("_gb_s", "_tok_s", "_tflop_s", "_ms", "_us", "_s", "_gb", "_mb", "_bytes", "_tokens", "_ratio")
 """How the name of a metric ends."""
+
+_OLDER_SETTINGS = {"latency": {"kv_cache": "bf16"}, "cuda_accuracy": {"drawn": "plain"}}
+"""Benchmark → settings that its first rows do not name, as there was one value only."""
 
 _STATISTICS = ("median", "p10", "p90", "n")
 _MAX_BUSY_SHARE = 0.1
@@ -326,6 +330,11 @@ def number_of(row: Mapping[str, Any], metric: str) -> float | None:
     """Return a metric of a row, of samples their median; None if the row lacks it."""
     value: float | Mapping[str, float] | None = row["metrics"].get(metric)
     return value["median"] if isinstance(value, Mapping) else value
+
+
+def settings_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a row, those included that rows of its benchmark have named later only."""
+    return {**_OLDER_SETTINGS.get(row["benchmark"], {}), **row["settings"]}
 
 
 def problems_of(row: Mapping[str, Any]) -> list[str]:

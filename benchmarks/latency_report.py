@@ -6,41 +6,46 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen_rt.benchmarks.harness import number_of
+from qwen_rt.benchmarks.harness import number_of, settings_of
 from qwen_rt.errors import MissingDependencyError, UsageError
 
 __all__ = ["draw_latency", "gpu_line", "latency_tables", "latency_text", "load_pyplot"]
 
 Row = Mapping[str, Any]
 
+_STORED = (("model", "model"), ("weights", "weights"), ("kv_cache", "KV cache"), ("source", "from"))
+
 # By `settings.what`: settings, then metrics, each with its title.
 _SECTIONS: dict[str, tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]] = {
     "decode": (
-        (("model", "model"), ("source", "from"), ("rows", "rows"), ("prompt", "prompt")),
+        (*_STORED, ("rows", "rows"), ("prompt", "prompt")),
         (
             ("itl_ms", "ms a token"),
             ("device_ms", "device, ms"),
             ("floor_ms", "floor, ms"),
             ("itl_to_floor_ratio", "× floor"),
             ("itl_to_floor_with_kv_ratio", "× floor with KV"),
+            ("kv_part_ms", "KV, ms"),
             ("decode_tok_s", "tok/s"),
             ("host_us", "host, µs"),
         ),
     ),
     "prefill": (
-        (("model", "model"), ("source", "from"), ("prompt", "prompt")),
+        (*_STORED, ("prompt", "prompt")),
         (
             ("first_token_ms", "first token, ms"),
             ("first_token_back_to_back_ms", "back to back, ms"),
             ("prefill_tflop_s", "TFLOP/s"),
             ("matrix_tflop_s", "8192³, TFLOP/s"),
             ("share_of_matrix_ratio", "share"),
+            ("matrix_fp8_tflop_s", "fp8, TFLOP/s"),
         ),
     ),
     "session": (
-        (("model", "model"), ("source", "from")),
+        _STORED,
         (
             ("load_s", "load, s"),
+            ("start_to_first_token_s", "to first token, s"),
             ("weights_load_gb_s", "weights, GB/s"),
             ("weights_gb", "weights, GB"),
             ("kv_cache_gb", "KV cache, GB"),
@@ -48,6 +53,8 @@ _SECTIONS: dict[str, tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], .
             ("buffers_gb", "buffers, GB"),
             ("runtime_gb", "runtime, GB"),
             ("total_gb", "sum, GB"),
+            ("kv_tokens", "tokens of KV"),
+            ("chunk_tokens", "of a chunk"),
             ("driver_gb", "driver, GB"),
             ("memory_difference_ratio", "difference"),
         ),
@@ -72,18 +79,19 @@ def _sections(rows: Sequence[Row]) -> list[tuple[list[str], int, list[list[str]]
             continue
         used = [(name, title) for name, title in metrics if any(name in row["metrics"] for row in chosen)]
         cells = [
-            [str(row["settings"].get(name, "–")) for name, _ in settings]
+            [str(settings_of(row).get(name, "–")) for name, _ in settings]
             + [_show(number_of(row, name)) for name, _ in used]
             for row in chosen
         ]
-        found.append(([title for _, title in (*settings, *used)], 2, cells))
+        found.append(([title for _, title in (*settings, *used)], len(_STORED), cells))
     return found
 
 
 def gpu_line(gpu: Mapping[str, Any]) -> str:
     """Return what was measured of a GPU, as a row describes it."""
     rate = f", bf16 products of 8192³ {gpu['matrix_tflop_s']:.0f} TFLOP/s" if "matrix_tflop_s" in gpu else ""
-    return f"{gpu['name']}: reads {gpu['read_gb_s'] / 1e3:.3f} TB/s{rate}"
+    fp8 = f", fp8 {gpu['matrix_fp8_tflop_s']:.0f}" if "matrix_fp8_tflop_s" in gpu else ""
+    return f"{gpu['name']}: reads {gpu['read_gb_s'] / 1e3:.3f} TB/s{rate}{fp8}"
 
 
 def latency_text(rows: Sequence[Row]) -> str:
@@ -163,7 +171,7 @@ def draw_latency(rows: Sequence[Row], file: Path) -> None:
     by_rows.set_xscale("log", base=2)
     by_rows.set_xticks(counts, [str(count) for count in counts])
     names = {str((row["device"].get("gpu") or {}).get("name", "GPU")) for row in decode}
-    title = f"Decode, bf16, random weights unless a bundle is named; one {', '.join(sorted(names))}"
+    title = f"Decode, random weights unless a bundle is named; one {', '.join(sorted(names))}"
     figure.suptitle(title, fontsize=10)
     by_rows.legend(frameon=False)
     # Without a date in it, the same rows give the same file.
@@ -174,8 +182,15 @@ def draw_latency(rows: Sequence[Row], file: Path) -> None:
 def _lines(
     axes: Any, rows: Sequence[Row], setting: str, metric: str, wanted: Callable[[Mapping[str, Any]], bool]
 ) -> None:
-    for model in dict.fromkeys(row["settings"]["model"] for row in rows):
-        chosen = [row for row in rows if row["settings"]["model"] == model and wanted(row["settings"])]
+    for stored in dict.fromkeys(_stored(row) for row in rows):
+        chosen = [row for row in rows if _stored(row) == stored and wanted(row["settings"])]
         points = sorted((row["settings"][setting], number_of(row, metric)) for row in chosen)
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=model)
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=stored)
+
+
+def _stored(row: Row) -> str:
+    """Model and formats, as in a legend."""
+    settings = settings_of(row)
+    cache = "" if settings["kv_cache"] == "bf16" else f", {settings['kv_cache']} KV"
+    return f"{settings['model']} {settings.get('weights', '')}{cache}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -33,9 +34,10 @@ __all__ = [
     "gpu_read_bandwidth",
     "l3_bytes",
     "matrix_rate",
-    "matrix_rate_of_child",
+    "matrix_rates_of_child",
     "num_cores",
     "package_python",
+    "process_seconds",
     "read_bandwidth",
     "run_child",
 ]
@@ -311,16 +313,18 @@ def gpu_read_bandwidth(cuda: Cudart, library: PluginLibrary, nbytes: int = 8 << 
     return max(rates)
 
 
-def matrix_rate(device: int = 0, size: int = 8192, repeats: int = 20) -> float | None:
-    """Measure how fast the GPU multiplies square bf16 matrices, by torch.
+def matrix_rate(device: int = 0, size: int = 8192, repeats: int = 20, dtype: str = "bf16") -> float | None:
+    """Measure how fast the GPU multiplies square matrices, by torch.
 
     Args:
         device: The GPU's number.
         size: Rows and columns of both factors.
         repeats: Products; the median counts.
+        dtype: `bf16`, or `fp8` for e4m3 numbers with a scale for each row of both factors, which gives bf16.
 
     Returns:
-        Operations a second (2 size³ a product); None without torch or without a GPU that it can use.
+        Operations a second (2 size³ a product); None without torch, without a GPU that it can use, or where that GPU
+        or that torch has no such product.
     """
     try:
         import torch
@@ -329,34 +333,63 @@ def matrix_rate(device: int = 0, size: int = 8192, repeats: int = 20) -> float |
     if not torch.cuda.is_available():
         return None
     torch.cuda.set_device(device)
-    factors = [torch.empty(size, size, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(2)]
-    out = torch.empty_like(factors[0])
+    a, b = (torch.empty(size, size, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(2))
+    multiply: Callable[[], object] = functools.partial(torch.matmul, a, b, out=torch.empty_like(a))
+    if dtype == "fp8":
+        first, second = (100 * factor for factor in (a, b))  # e4m3 reaches 448
+        ones = torch.ones(size, 1, device="cuda")
+        multiply = functools.partial(
+            torch._scaled_mm,
+            first.to(torch.float8_e4m3fn),
+            second.to(torch.float8_e4m3fn).t(),
+            scale_a=ones,
+            scale_b=ones.t(),
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
     samples = []
-    for turn in range(repeats + 5):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        start.record()
-        torch.matmul(factors[0], factors[1], out=out)
-        end.record()
-        end.synchronize()
-        if turn >= 5:
-            samples.append(start.elapsed_time(end) * 1e-3)
+    try:
+        for turn in range(repeats + 5):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            start.record()
+            multiply()
+            end.record()
+            end.synchronize()
+            if turn >= 5:
+                samples.append(start.elapsed_time(end) * 1e-3)
+    except (RuntimeError, NotImplementedError):
+        return None
     return float(2 * size**3 / sorted(samples)[len(samples) // 2])
 
 
-_RATE_OF_CHILD = """
+_RATES_OF_CHILD = """
 import json, sys
 from qwen_rt.benchmarks.measure import matrix_rate
-print(json.dumps([matrix_rate(int(sys.argv[1]))]))
+print(json.dumps({dtype: matrix_rate(int(sys.argv[1]), dtype=dtype) for dtype in sys.argv[2:]}))
 """
 
 
-def matrix_rate_of_child(device: int = 0, timeout_s: float = 120.0) -> float | None:
-    """Measure `matrix_rate` in a process of its own, so that torch leaves no memory on the device."""
+def matrix_rates_of_child(device: int = 0, timeout_s: float = 120.0) -> dict[str, float]:
+    """Measure `matrix_rate` of bf16 and fp8 in a process of its own, so that torch leaves no memory on the device.
+
+    Returns:
+        `bf16` and `fp8` → operations a second, those that could be measured.
+    """
     try:
-        command = package_python("-P", "-c", _RATE_OF_CHILD, str(device))
+        command = package_python("-P", "-c", _RATES_OF_CHILD, str(device), "bf16", "fp8")
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired:
-        return None
+        return {}
     answer = last_json_line(done.stdout)
-    rate = answer[0] if isinstance(answer, list) and len(answer) == 1 else None
-    return float(rate) if isinstance(rate, int | float) and rate > 0 else None
+    rates = answer if isinstance(answer, dict) else {}
+    return {dtype: float(rate) for dtype, rate in rates.items() if isinstance(rate, int | float) and rate > 0}
+
+
+def process_seconds() -> float:
+    """Return how long this process has been running; 0 where the system does not tell."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        up_s = float(Path("/proc/uptime").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    return max(0.0, up_s - ticks / os.sysconf("SC_CLK_TCK"))

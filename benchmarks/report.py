@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from qwen_rt.benchmarks import bars
-from qwen_rt.benchmarks.harness import UNITS, number_of, read_rows
+from qwen_rt.benchmarks.harness import UNITS, number_of, read_rows, settings_of
 from qwen_rt.benchmarks.latency_report import draw_latency, latency_tables, load_pyplot
+from qwen_rt.benchmarks.peers_report import has_peers, peers_rows, peers_tables
 from qwen_rt.errors import QwenRtError, UsageError
 from qwen_rt.storage import atomic_write_bytes
 
@@ -35,7 +36,7 @@ OURS = "qwen-rt"
 _BLOCK = re.compile(r"(<!-- results:([\w.-]+) -->\n)(.*?)(<!-- /results -->)", re.DOTALL)
 _OPENING = re.compile(r"<!-- results:([\w.-]+) -->")
 
-_MAY_BE_EMPTY = ("latency",)
+_MAY_BE_EMPTY = ("latency", "peers", "nano_quantized_cuda")
 
 Row = Mapping[str, Any]
 
@@ -72,6 +73,10 @@ LAYOUTS = {
     ),
     "ort_weights": Layout(("create_s", "peak_rss_mb", "chain_ms", "weights_read_gb_s", "read_bandwidth_gb_s")),
     "nano_quantized": Layout(("exact_match_ratio", "weights_mb")),
+    "nano_quantized_cuda": Layout(("exact_match_ratio", "lost_ratio", "throughput_tok_s")),
+    "cuda_accuracy": Layout(
+        ("logits_cosine_ratio", "logits_relative_error_ratio", "own_weights_cosine_ratio", "same_best_token_ratio")
+    ),
     "quantize": Layout(
         (
             "peak_rss_gb",
@@ -107,16 +112,17 @@ _UNIT_TEXT = {
     "_gb": "GB",
     "_mb": "MB",
     "_bytes": "bytes",
+    "_tokens": "tokens",
     "_ratio": "×",
 }
 
 
 def newest(rows: Sequence[Row], benchmark: str) -> list[Row]:
-    """Return the newest row for each contender and settings, in the order in which their first rows were written."""
+    """Return the newest row for each contender and settings, ordered by their first rows; of `latency` only ours."""
     latest: dict[str, Row] = {}
     for row in rows:
-        if row["benchmark"] == benchmark:
-            key = json.dumps([row["contender"], row["settings"]], sort_keys=True)
+        if row["benchmark"] == benchmark and (benchmark != "latency" or row["contender"] == OURS):
+            key = json.dumps([row["contender"], settings_of(row)], sort_keys=True)
             if key not in latest or row["date"] >= latest[key]["date"]:
                 latest[key] = row
     return list(latest.values())
@@ -132,6 +138,8 @@ def _title(metric: str) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return "–"
+    if 0.99 < value < 1:  # cosines and shares that are nearly all
+        return f"{value:.5f}".rstrip("0")
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
@@ -168,13 +176,17 @@ def _ratio(row: Row, rows: Sequence[Row], headline: str) -> str:
 def table(rows: Sequence[Row], benchmark: str) -> str:
     """Return the Markdown table of a benchmark, with a line about the machine and the command under it.
 
-    `latency` has a table for each kind of row; `bars` is the table of all bars, which no run makes.
+    `latency` has a table for each kind of our rows, `peers` has all contenders of the runs in which there were several;
+    `bars` is the table of all bars, which no run makes.
 
     Raises:
         UsageError: There is no such benchmark.
     """
     if benchmark == "bars":
         return bars.markdown(bars.judge(bars.load(), rows))
+    if benchmark == "peers" and has_peers(rows):
+        chosen = peers_rows(rows)
+        return peers_tables(chosen) + "\n" + "\n".join(_footnotes(chosen, {})) + "\n"
     chosen = newest(rows, benchmark)
     if not chosen:
         known = sorted({str(row["benchmark"]) for row in rows})
@@ -198,9 +210,10 @@ def table(rows: Sequence[Row], benchmark: str) -> str:
 
 
 def _latency_order(row: Row) -> tuple[Any, ...]:
-    settings = row["settings"]
+    settings = settings_of(row)
     prompt, rows = settings.get("prompt", 0), settings.get("rows", 0)
-    return settings["model"], settings["source"], settings["layers"], rows > 1, prompt, rows
+    stored = settings.get("weights", ""), settings["kv_cache"], settings["source"]
+    return settings["model"], *stored, settings["layers"], rows > 1, prompt, rows
 
 
 def _metrics_of(benchmark: str, rows: Sequence[Row]) -> list[str]:
@@ -242,7 +255,8 @@ def update(text: str, rows: Sequence[Row], source: str = "document") -> str:
         raise UsageError(f"{source}: a results marker is not closed", "<!-- /results --> on a line of its own after it")
 
     def made(benchmark: str) -> str:
-        if benchmark in _MAY_BE_EMPTY and not newest(rows, benchmark):
+        there = has_peers(rows) if benchmark == "peers" else newest(rows, benchmark)
+        if benchmark in _MAY_BE_EMPTY and not there:
             return "No rows yet.\n"
         return table(rows, benchmark)
 

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from qwen_rt.benchmarks import harness
 from qwen_rt.benchmarks.bench_latency import Gpu, Model, Plan, find_model, open_gpu
-from qwen_rt.benchmarks.latency import check_tokens, time_steps
+from qwen_rt.benchmarks.latency import check_tokens, tie_of, time_steps
 from qwen_rt.benchmarks.timeline_picture import draw_timeline
 from qwen_rt.errors import UsageError
 from qwen_rt.runtime.cuda.bench import StepTimes, record_steps
@@ -200,7 +200,7 @@ def measure(
     """
     plan = Plan(rows=(rows,), prompts=(prompt,), steps=steps + _FOLLOWING)
     with model.start(gpu, plan) as (session, _):
-        check = check_tokens(session)
+        check = check_tokens(session, tie=tie_of(model.precision, model.kv_format))
         device_ms = session.time_decode(rows, prompt, steps)
         without_events_ms, _ = time_steps(session, rows, prompt, steps)
         times, clock_us = record_steps(cast("CudaSession", session), rows, prompt, steps + _FOLLOWING)

@@ -35,7 +35,16 @@ from qwen_rt.export.quantize.check import check_weights
 from qwen_rt.export.quantize.prepare import Prepared, pieces_of, prepare, quantized_locations
 from qwen_rt.export.settings import BuildOptions, QuantizeOptions, Settings, settle
 from qwen_rt.export.source import Source, open_source
-from qwen_rt.export.weights import Piece, PlannedFile, copy_file, float_piece, is_whole, plan_files, write_weight_file
+from qwen_rt.export.weights import (
+    Piece,
+    PlannedFile,
+    copy_file,
+    float_piece,
+    is_whole,
+    one_thread_a_worker,
+    plan_files,
+    write_weight_file,
+)
 from qwen_rt.manifest_quantization import Quantization
 from qwen_rt.progress import progress
 from qwen_rt.row_reader import CheckpointRows
@@ -255,6 +264,7 @@ class _Job:
         require_free_space(self.stage, total - sum(entry.nbytes for entry in self.reusable.values()))
         num_workers = self.settings.num_workers or os.cpu_count() or 1
         with (
+            one_thread_a_worker(),
             progress(total, "weights", unit="B", quiet=self.settings.quiet) as bar,
             ThreadPoolExecutor(num_workers, "weights") as pool,
         ):

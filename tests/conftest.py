@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from qwen_rt.plugins.library import PluginLibrary
+    from qwen_rt.runtime.cuda.cudart import Cudart
     from qwen_rt.runtime.llm import LLM
 
     from .cases import Zoo
@@ -47,3 +49,33 @@ def nano(nano_bundle: Path) -> LLM:
     from qwen_rt.runtime.llm import LLM
 
     return LLM(nano_bundle, num_threads=1)
+
+
+@pytest.fixture(scope="module")
+def cuda() -> Cudart:
+    """The CUDA runtime, with device 0 open; skips where a session cannot run."""
+    import onnxruntime
+
+    from qwen_rt.errors import QwenRtError
+    from qwen_rt.runtime.cuda.cudart import Cudart
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("onnxruntime without CUDA")
+    try:
+        cuda = Cudart()
+        cuda.open_device(0)
+    except QwenRtError as error:
+        pytest.skip(f"no usable GPU: {error}")
+    return cuda
+
+
+@pytest.fixture(scope="module")
+def library(cuda: Cudart) -> PluginLibrary:
+    """The plugin library for device 0; skips where there is none."""
+    from qwen_rt.errors import MissingDependencyError
+    from qwen_rt.plugins.library import load
+
+    try:
+        return load(sm=cuda.open_device(0))
+    except MissingDependencyError as error:
+        pytest.skip(str(error))

@@ -21,7 +21,7 @@ from qwen_rt.errors import MissingDependencyError, QwenRtError, StorageError, Us
 
 __all__ = ["main"]
 
-COMMANDS = ("demo", "doctor", "export", "build", "generate", "chat", "verify", "eval", "inspect", "bench")
+COMMANDS = ("demo", "doctor", "export", "build", "generate", "chat", "verify", "eval", "inspect", "profile", "bench")
 
 _EXTRAS = {
     "torch": "export",

@@ -1,9 +1,9 @@
 """Measure kernels and whole models on this GPU, and hold the committed figures against the bars of an issue.
 
 `bench kernels` times every plugin op at the shapes of the Qwen2 models, `bench latency` whole models through ONNX
-Runtime: time per token by rows and by prompt, time to the first token, load time and memory. `bench timeline` shows
-where host and device are during decode steps. Weights are random, made on the device. Nothing is timed before it is
-checked. Figures are relative to the bandwidth measured in the same run.
+Runtime: time per token by rows and by prompt, time to the first token, load time and memory; `bench peers` times other
+engines beside ours. `bench timeline` shows where host and device are during decode steps. Weights are random, made on
+the device. Nothing is timed before it is checked. Figures are relative to the bandwidth measured in the same run.
 `bench bars` needs no GPU: it reads the committed rows and exits 1 if a bar is missed or has no row.
 """
 
@@ -22,6 +22,7 @@ example:
   qwen-rt bench kernels --model 7b --rows 1 16
   qwen-rt bench latency 1.5b 7b --picture latency.svg
   qwen-rt bench latency math-7b --prompts 128 6144
+  qwen-rt bench peers 7b --vllm-python ../vllm/bin/python
   qwen-rt bench timeline 1.5b --picture timeline.svg
   qwen-rt bench bars --issue 3
 """
@@ -37,6 +38,7 @@ _LATENCY_EPILOG = """\
 example:
   qwen-rt bench latency 7b
   qwen-rt bench latency 72b --layers 20 --rows 1 16 --prompts 128 --ttft 6144
+  qwen-rt bench latency 7b --precision fp8 int4 --kv-cache fp8 --rows 1
   qwen-rt bench latency math-7b --output math-7b.jsonl
 """
 _TIMELINE_EPILOG = """\
@@ -54,6 +56,8 @@ example:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the commands below `qwen-rt bench` and their options."""
+    from qwen_rt.cli import peers_args
+
     commands = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
 
     def command(name: str, text: str, description: str, epilog: str) -> argparse.ArgumentParser:
@@ -88,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             _LATENCY_EPILOG,
         )
     )
+    peers_args.add_peers_arguments(command("peers", *peers_args.TEXTS))
     _add_timeline(
         command(
             "timeline",
@@ -176,28 +181,30 @@ def _add_latency(parser: argparse.ArgumentParser) -> None:
         help="prompts to the first token (default: 6144)",
     )
     parser.add_argument("--layers", type=_tokens, metavar="N", help="fewer layers than the shape has")
-    _add_precision(parser, None)
-    _add_kv_cache(parser, None)
+    _add_precision(parser, None, several=True)
+    _add_kv_cache(parser, None, several=True)
     parser.add_argument("--steps", type=_tokens, default=64, metavar="N", help="decode steps of a figure (default: 64)")
     parser.add_argument("--device", type=int, default=0, metavar="N", help="which GPU (default: 0)")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the ratios, .svg or .png")
     _add_output(parser, "latency")
 
 
-def _add_precision(parser: argparse.ArgumentParser, default: str | None) -> None:
+def _add_precision(parser: argparse.ArgumentParser, default: str | None, *, several: bool = False) -> None:
     parser.add_argument(
         "--precision",
+        nargs="+" if several else None,
         choices=PRECISIONS,
         default=default,
         help="of a shape's layers, random weights; embedding and LM head stay bf16 (default: bf16)",
     )
 
 
-def _add_kv_cache(parser: argparse.ArgumentParser, default: str | None) -> None:
+def _add_kv_cache(parser: argparse.ArgumentParser, default: str | None, *, several: bool = False) -> None:
     from qwen_rt.ops import KV_CACHE_FORMATS
 
     parser.add_argument(
         "--kv-cache",
+        nargs="+" if several else None,
         choices=list(KV_CACHE_FORMATS),
         default=default,
         help="of a shape's keys and values, with random offsets where they are quantized (default: bf16)",
@@ -236,11 +243,14 @@ def run(args: argparse.Namespace) -> int:
     if args.what == "bars":
         return _run_bars(args)
     from qwen_rt.benchmarks import harness
+    from qwen_rt.cli import peers_args
 
-    output = None if args.dry else harness.results_file(args.what, args.output)
+    benchmark = "latency" if args.what == "peers" else args.what
+    output = None if args.dry else harness.results_file(benchmark, args.output)
     if output is None and not args.dry:
         raise UsageError("no file for the rows", "--output FILE outside a checkout", "or --dry to write none")
-    return {"kernels": _run_kernels, "latency": _run_latency, "timeline": _run_timeline}[args.what](args, output)
+    runs = {"kernels": _run_kernels, "latency": _run_latency, "peers": peers_args.run_peers, "timeline": _run_timeline}
+    return runs[args.what](args, output)
 
 
 def _run_kernels(args: argparse.Namespace, output: Path | None) -> int:
@@ -285,8 +295,8 @@ def _run_latency(args: argparse.Namespace, output: Path | None) -> int:
         args.models,
         plan,
         layers=args.layers,
-        precision=args.precision,
-        kv_format=args.kv_cache,
+        precisions=args.precision or [None],
+        kv_formats=args.kv_cache or [None],
         device=args.device,
         output=output,
         picture=args.picture,

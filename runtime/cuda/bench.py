@@ -20,7 +20,7 @@ from qwen_rt.runtime.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from qwen_rt.runtime.cuda.session import CudaSession
 
-__all__ = ["StepTimes", "record_steps", "time_decode", "time_prefill"]
+__all__ = ["StepTimes", "make_rows", "record_steps", "time_decode", "time_prefill"]
 
 _GREEDY = SamplingParams(temperature=0.0)
 _CLOCK_TRIES = 32
@@ -49,7 +49,7 @@ class StepTimes:
     device_end_us: float
 
 
-def _rows(session: CudaSession, count: int, prompt: int, length: int, num_outputs: int) -> list[RowState]:
+def make_rows(session: CudaSession, count: int, prompt: int, length: int, num_outputs: int) -> list[RowState]:
     """Make requests of `prompt` tokens with blocks of their own for `length`."""
     for name, value in (("rows", count), ("tokens", prompt), ("length", length)):
         if value < 1:
@@ -85,7 +85,7 @@ def time_decode(session: CudaSession, model: DeviceModel, rows: int, prompt: int
     """
     if steps < 1:
         raise UsageError(f"steps={steps}", "1 or more")
-    session.set_rows(_rows(session, rows, prompt, prompt + steps + 1, 1))
+    session.set_rows(make_rows(session, rows, prompt, prompt + steps + 1, 1))
     cuda, stream, resources = model.cuda, model.stream, Resources(model.cuda)
     graph = session.graph
     try:
@@ -121,7 +121,7 @@ def time_prefill(session: CudaSession, model: DeviceModel, tokens: int, repeats:
     """
     if repeats < 1:
         raise UsageError(f"repeats={repeats}", "1 or more")
-    (row,) = _rows(session, 1, tokens, tokens, 0)
+    (row,) = make_rows(session, 1, tokens, tokens, 0)
     ids = np.array(row.prompt_ids, np.int64)
     cuda, stream, resources = model.cuda, model.stream, Resources(model.cuda)
     times = []
@@ -163,7 +163,7 @@ def record_steps(
     if steps < 1:
         raise UsageError(f"steps={steps}", "1 or more")
     total = warm_up + steps
-    session.set_rows(_rows(session, rows, prompt, prompt + total + 1, 1))
+    session.set_rows(make_rows(session, rows, prompt, prompt + total + 1, 1))
     model = session._opened()
     cuda, stream, resources = model.cuda, model.stream, Resources(model.cuda)
     launches: list[tuple[float, float]] = []

@@ -14,7 +14,7 @@ from typing import Any
 
 from qwen_rt.errors import CapacityError, MissingDependencyError, QwenRtError, UnsupportedModelError, UsageError
 
-__all__ = ["OLDEST_SM", "CudaError", "Cudart", "OutOfMemoryError", "find_cudart"]
+__all__ = ["OLDEST_SM", "CudaError", "Cudart", "OutOfMemoryError", "find_cudart", "library_candidates"]
 
 OLDEST_SM = 80
 """Compute capability 8.0: the first with bf16 matrix units and asynchronous copies."""
@@ -84,9 +84,14 @@ class OutOfMemoryError(CapacityError):
     """Device or pinned memory that cannot be had."""
 
 
-def _candidates() -> Iterator[str]:
+def library_candidates(stem: str) -> Iterator[str]:
+    """Yield where a library of CUDA may be, best first: of CUDA 13 before 12, pip wheels before the loader's path.
+
+    Args:
+        stem: Its name before `.so`, as `libcudart`.
+    """
     for major in _MAJORS:
-        name = f"libcudart.so.{major}"
+        name = f"{stem}.so.{major}"
         for folder in dict.fromkeys(sys.path):
             if folder:
                 yield from map(str, sorted(Path(folder).glob(f"nvidia/*/lib/{name}")))
@@ -100,7 +105,7 @@ def find_cudart() -> ctypes.CDLL:
         MissingDependencyError: There is none that can be loaded.
     """
     trouble = ""
-    for candidate in _candidates():
+    for candidate in library_candidates("libcudart"):
         try:
             return ctypes.CDLL(candidate)
         except OSError as error:

@@ -1,6 +1,7 @@
 """A model in the memory of one GPU: what is allocated, in which order, and what of it is accounted for how.
 
-    check that it fits → weights → workspace, buffers → ONNX Runtime → warm-up → KV cache of what is left
+    check that it fits, with smaller chunks of prompts if it must → weights → workspace, buffers → ONNX Runtime
+    → warm-up → KV cache of what is left
 
 The warm-up is the largest prefill and the largest decode step, over a cache of one scratch block. After it ONNX Runtime
 holds all that it will ever want, so the rest can go to the KV cache.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from qwen_rt.runtime.cuda.cudart import Cudart
 from qwen_rt.runtime.cuda.graph import GraphRunner, OrtRunner, bind_cache, bind_model, cache_format, split_weights
 from qwen_rt.runtime.cuda.memory import (
     MIN_BLOCKS,
+    Layout,
     MemoryReport,
     Resources,
     align,
@@ -44,6 +46,7 @@ _LOGIT_BYTES = 4
 _WARM_UP = SamplePlan(full=True, num_edits=EDIT_SIZES[1], logprobs=True)  # loads every kernel of `sample`
 _BF16_BYTES = 2
 _RUNTIME_BYTES = 300 << 20  # kernels and the libraries' own, as long as nothing is measured
+_MIN_CHUNK = 512  # tokens; smaller ones would save little and read all weights for few rows
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,18 @@ class Settings:
     quiet: bool = False
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """What a session with chunks of `chunk_tokens` tokens takes beside weights and cache: layouts, and bytes."""
+
+    chunk_tokens: int
+    decode: Layout
+    prefill: Layout
+    graph_bytes: int
+    sample_bytes: int
+    buffer_bytes: int
+
+
 class DeviceModel:
     """A loaded model and its memory.
 
@@ -95,7 +110,8 @@ class DeviceModel:
         platform: What to stand on.
 
     Attributes:
-        spec, settings: As given.
+        spec: As given.
+        settings: As given, but with the `chunk_tokens` that fit.
         kv_format: Of the KV cache, a key of `qwen_rt.ops.KV_CACHE_FORMATS`.
         num_tokens: Tokens of the tokenizer.
         max_blocks: Width of a block table.
@@ -148,26 +164,20 @@ class DeviceModel:
         changed, external = split_weights(graph, spec.num_layers)
         self.kv_format = cache_format(graph, spec.num_layers)
         plan = plan_weights(external)
-        decode = row_layout(settings.max_rows, settings.max_rows, self.max_blocks)
-        prefill = row_layout(1, settings.chunk_tokens, self.max_blocks)
-        logits_bytes = align(settings.max_rows * spec.vocab_size * _LOGIT_BYTES)
-        buffer_bytes = decode.nbytes + prefill.nbytes + logits_bytes
         groups = {weight.shape[1] for weight in external if weight.name.endswith("_scale")}
-        graph_bytes = graph_workspace(
-            library, spec, settings.max_rows, settings.chunk_tokens, self.max_blocks, groups, self.kv_format
-        )
-        sample_bytes = sample_workspace(library, settings.max_rows, spec.vocab_size, settings.max_rows + 1)
-        self._require(plan.nbytes, graph_bytes + sample_bytes, buffer_bytes)
+        sizes = self._find_sizes(plan.nbytes, groups, total)
+        self.settings = settings = replace(settings, chunk_tokens=sizes.chunk_tokens)
+        decode, prefill, graph_bytes = sizes.decode, sizes.prefill, sizes.graph_bytes
 
         self.stream = stream = self.resources.stream()
         weights = self._take("weights", plan.nbytes)
         with measured(cuda, self._add_runtime):
             self.load_stats: LoadStats = source.fill(plan, weights, cuda, settings.device, quiet=settings.quiet)
-        workspace = self._take("workspace", graph_bytes + sample_bytes)
-        self._sample_workspace = workspace + graph_bytes, sample_bytes
+        workspace = self._take("workspace", graph_bytes + sizes.sample_bytes)
+        self._sample_workspace = workspace + graph_bytes, sizes.sample_bytes
         for start in (workspace, workspace + graph_bytes):
             cuda.fill(start, 0, COUNTER_BYTES, stream)
-        base = self._take("buffers", buffer_bytes)
+        base = self._take("buffers", sizes.buffer_bytes)
         self.decode = RowBuffers(cuda, self.resources, decode, base, stream, advances=True)
         self.prefill = RowBuffers(cuda, self.resources, prefill, base + decode.nbytes, stream, advances=False)
         self._logits = base + decode.nbytes + prefill.nbytes
@@ -182,23 +192,45 @@ class DeviceModel:
         self._warm_up(runner)
         self._make_cache(runner, total)
 
-    def _require(self, weight_bytes: int, workspace_bytes: int, buffer_bytes: int) -> None:
-        """Refuse what will not fit, before anything is loaded."""
+    def _sizes(self, chunk: int, groups: set[int]) -> _Sizes:
+        spec, rows = self.spec, self.settings.max_rows
+        decode, prefill = row_layout(rows, rows, self.max_blocks), row_layout(1, chunk, self.max_blocks)
+        logits_bytes = align(rows * spec.vocab_size * _LOGIT_BYTES)
+        graph = graph_workspace(self._library, spec, rows, chunk, self.max_blocks, groups, self.kv_format)
+        sample = sample_workspace(self._library, rows, spec.vocab_size, rows + 1)
+        return _Sizes(chunk, decode, prefill, graph, sample, decode.nbytes + prefill.nbytes + logits_bytes)
+
+    def _find_sizes(self, weight_bytes: int, groups: set[int], total: int) -> _Sizes:
+        """Find the largest chunk, halved as often as need be, that leaves room for the cache.
+
+        The cache is the one asked for; else a request of the full length should fit, and if none does, the smallest
+        chunk leaves it the most.
+
+        Raises:
+            CapacityError: The model does not fit, with all numbers, before anything is loaded.
+        """
         spec, kv_memory = self.spec, self.settings.kv_memory
+        one = block_bytes(spec, self.kv_format)
+        least, wanted = MIN_BLOCKS * one, (self.max_blocks + 1) * one + reserve_bytes(total)
         if kv_memory is not None:
             count_blocks(spec, kv_memory, name=f"kv_memory={kv_memory}", kv_format=self.kv_format)
+            least = wanted = kv_memory
         q_width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         # The largest prefill at once, besides weights: the residual twice, qkv, attention, the MLP's activation.
         widths = 2 * spec.hidden_size + 2 * q_width + 2 * kv_width + spec.intermediate_size
-        require_memory(
-            self._free_at_start,
-            {
+        chunk = self.settings.chunk_tokens
+        while True:
+            sizes = self._sizes(chunk, groups)
+            parts = {
                 "weights": weight_bytes,
-                "workspace": workspace_bytes + buffer_bytes,
-                "KV cache": MIN_BLOCKS * block_bytes(spec, self.kv_format) if kv_memory is None else kv_memory,
-                "ONNX Runtime": _RUNTIME_BYTES + self.settings.chunk_tokens * widths * _BF16_BYTES,
-            },
-        )
+                "workspace": sizes.graph_bytes + sizes.sample_bytes + sizes.buffer_bytes,
+                "KV cache": least,
+                "ONNX Runtime": _RUNTIME_BYTES + chunk * widths * _BF16_BYTES,
+            }
+            if chunk // 2 < _MIN_CHUNK or sum(parts.values()) - least + wanted <= self._free_at_start:
+                require_memory(self._free_at_start, parts)
+                return sizes
+            chunk //= 2
 
     def _take(self, use: str, nbytes: int) -> int:
         """Allocate device memory and account for it."""

@@ -47,7 +47,7 @@ class CudaSession:
         kv_memory: Bytes for the KV cache, scales included; None: what is free after all else, less a reserve, but no
             more than `max_rows` requests of the full length can fill.
         max_rows: Most requests that decode at once, 1 to 64.
-        chunk_tokens: Most tokens of a prefill call.
+        chunk_tokens: Most tokens of a prefill call; fewer where memory is short.
         weights: Where the weights come from; None: the bundle's files.
         num_tokens: Tokens of the tokenizer, larger ids are never chosen; None: the whole vocabulary.
         capture: `lazy` captures a decode step when it is first needed, `all` captures the usual ones now.
@@ -55,6 +55,7 @@ class CudaSession:
         platform: None for this machine's.
 
     Attributes:
+        chunk_tokens: Most tokens of a prefill call, as they fit.
         load_stats: How loading the weights went.
         kv_format: Of the KV cache, a key of `qwen_rt.ops.KV_CACHE_FORMATS`.
         graph: The captured step of the present rows; 0 without rows.
@@ -166,6 +167,7 @@ class CudaSession:
         self._model: DeviceModel | None = model
         try:
             self._cuda, self._stream, self.num_blocks = model.cuda, model.stream, model.num_blocks
+            self.chunk_tokens = model.settings.chunk_tokens
             self.num_tokens, self.load_stats, self.kv_format = model.num_tokens, model.load_stats, model.kv_format
             self._events = [model.resources.event() for _ in range(RING)]
             self._sampled = model.resources.event()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from qwen_rt.benchmarks import bars, bench_latency, harness, latency, report
 from qwen_rt.benchmarks.kernel_shapes import SHAPES
 from qwen_rt.benchmarks.latency import Plan, check_tokens, decode_metrics, prefill_metrics, session_metrics
 from qwen_rt.benchmarks.latency_report import draw_latency, latency_tables, latency_text
-from qwen_rt.errors import UsageError, VerificationError
+from qwen_rt.errors import CapacityError, QwenRtError, UsageError, VerificationError
 from qwen_rt.spec import ModelSpec
 
 from .fake_session import FakeSession
@@ -94,15 +95,18 @@ def test_the_arithmetic_of_a_prefill() -> None:
     assert metrics["share_of_matrix_ratio"] == pytest.approx(0.7722, rel=1e-3)
     assert (metrics["first_token_ms"]["median"], metrics["first_token_back_to_back_ms"]["median"]) == (139.5, 144.0)
     assert "matrix_tflop_s" not in prefill_metrics(SHAPES["7b"], 6144, [139.5], [143.0], None)
+    assert prefill_metrics(SHAPES["7b"], 6144, [139.5], [143.0], 7e14, 1.4e15)["matrix_fp8_tflop_s"] == 1400.0
 
 
 def test_memory_is_held_against_the_driver() -> None:
-    metrics = session_metrics(FakeSession().memory_report(), 20_200_000_000, 2.0, None, [20.0, 30.0])
+    metrics = session_metrics(FakeSession(), 20_200_000_000, 2.0, None, None, [20.0, 30.0])
     assert metrics["total_gb"] == pytest.approx(20.0)
     assert metrics["memory_difference_ratio"] == pytest.approx(0.2 / 20.2)
     assert metrics["slowest_host_us"] == 30.0
-    assert "weights_load_gb_s" not in metrics
-    assert session_metrics(FakeSession().memory_report(), 1, 2.0, 12.0, [])["weights_load_gb_s"] == 12.0
+    assert (metrics["kv_tokens"], metrics["chunk_tokens"]) == (499 * 64, 32)
+    assert metrics.keys() & {"weights_load_gb_s", "start_to_first_token_s"} == set()
+    first = session_metrics(FakeSession(), 1, 2.0, 3.5, 12.0, [])
+    assert (first["weights_load_gb_s"], first["start_to_first_token_s"]) == (12.0, 3.5)
 
 
 class FakeCuda:
@@ -117,7 +121,7 @@ class FakeCuda:
 
 def fake_gpu() -> bench_latency.Gpu:
     cuda: Any = FakeCuda()
-    return bench_latency.Gpu(cuda, Path("lib.so"), {"driver": "580.1"}, "A GPU", BANDWIDTH, 700e12)
+    return bench_latency.Gpu(cuda, Path("lib.so"), {"driver": "580.1"}, "A GPU", BANDWIDTH, 700e12, 1300e12, 0.25)
 
 
 def measured(session: FakeSession, source: str = "random") -> list[dict[str, Any]]:
@@ -138,7 +142,7 @@ def _measured(session: FakeSession, source: str) -> list[dict[str, Any]]:
         rows.append(harness.make_row("latency", "qwen-rt", metrics, settings, check=check, run="run-1", gpu=gpu))
 
     model = bench_latency.Model("7b", SHAPES["7b"], "bf16", "bf16", SHAPES["7b"].floor_bytes, source, start)
-    bench_latency.measure(model, PLAN, fake_gpu(), write, quiet=True)
+    bench_latency.measure(model, PLAN, fake_gpu(), write, begun_s=1.0, quiet=True)
     return rows
 
 
@@ -147,11 +151,15 @@ def test_every_figure_becomes_a_row_that_can_be_committed() -> None:
     rows = measured(session)
     assert [harness.problems_of(row) for row in rows] == [[]] * 6
     assert [row["settings"]["what"] for row in rows] == [*["decode"] * 4, "prefill", "session"]
-    assert [call[:3] for call in session.calls[:4]] == [("decode", *point) for point in PLAN.points]
+    assert session.calls[0] == ("prefill", 128, 1)
+    assert [call[:3] for call in session.calls[1:5]] == [("decode", *point) for point in PLAN.points]
     assert rows[1]["settings"] | {"model": "7b", "rows": 16, "prompt": 128, "source": "random"} == rows[1]["settings"]
     assert rows[1]["metrics"]["host_us"] == pytest.approx(36.0)
     assert rows[5]["metrics"]["slowest_host_us"] == pytest.approx(36.0)
     assert rows[5]["metrics"]["driver_gb"] == 20.0
+    assert 3.25 <= rows[5]["metrics"]["start_to_first_token_s"] < 4.0
+    assert [("kv_part_ms" in row["metrics"]) for row in rows[:4]] == [False, False, False, True]
+    assert rows[3]["metrics"]["kv_part_ms"] == pytest.approx(0.0)  # this session's steps take as long at any prompt
     assert rows[4]["metrics"]["first_token_ms"]["median"] == pytest.approx(102.4)
     assert all(row["check"]["equal_share"] == 1.0 for row in rows)
 
@@ -159,21 +167,12 @@ def test_every_figure_becomes_a_row_that_can_be_committed() -> None:
 def test_the_rows_serve_the_bars() -> None:
     rows = measured(FakeSession()) + measured(FakeSession(), source="bundle")
     states = {v.bar.id: v.state for v in bars.judge(bars.load(), rows)}
-    assert states == {
-        "7b-1-row": "PASS",
-        "1.5b-1-row": "NO ROW",
-        "7b-16-rows": "PASS",
-        "1.5b-16-rows": "NO ROW",
-        "7b-first-token-6144": "PASS",
-        "7b-prompt-30720": "PASS",
-        "host": "PASS",
-        "nano-answers": "NO ROW",
-        "7b-4-layers-logits": "NO ROW",
-        "load": "PASS",
-        "memory": "PASS",
-        "idle": "NO ROW",
-        "host-1.5b": "NO ROW",
-    }
+    served = {name for name, state in states.items() if state != "NO ROW"}
+    third = {v.bar.id for v in bars.judge(bars.load(), [], 3)}
+    assert {name: states[name] for name in served & third} == dict.fromkeys(
+        ("7b-1-row", "7b-16-rows", "7b-first-token-6144", "7b-prompt-30720", "host", "load", "memory"), "PASS"
+    )
+    assert served - third == {"7b-bf16-1-row", "7b-bf16-16-rows"}
 
 
 def test_steps_are_timed_as_the_engine_runs_them() -> None:
@@ -195,19 +194,22 @@ def test_the_table_of_a_terminal() -> None:
     text = latency_text(measured(FakeSession(), source="bundle"))
     lines = text.splitlines()
     assert lines[0] == "A GPU: reads 4.570 TB/s, bf16 products of 8192³ 700 TFLOP/s"
-    titles = "model from rows prompt ms a token device, ms floor, ms × floor × floor with KV tok/s host, µs"
-    assert " ".join(lines[2].split()) == titles
-    assert lines[4].split() == ["7b", "bundle", "16", "128", "3.71", "3.661", "3.094", "1.199", "1.189", "4313", "36"]
+    titles = "rows prompt ms a token device, ms floor, ms × floor × floor with KV KV, ms tok/s host, µs"
+    assert " ".join(lines[2].split()) == f"model weights KV cache from {titles}"
+    stored = ["7b", "bf16", "bf16", "bundle"]
+    point = [*stored, "16", "128", "3.71", "3.661", "3.094", "1.199", "1.189", "–", "4313", "36"]
+    assert lines[4].split() == point
     assert len({len(line) for line in lines[2:7]}) == 1
-    assert any(line.split()[:3] == ["7b", "bundle", "6144"] for line in lines)
-    assert lines[-1].split()[:4] == ["7b", "bundle", "2", "12"]
+    assert any(line.split()[:5] == [*stored, "6144"] for line in lines)
+    assert lines[-1].split()[:5] == [*stored, "2"]
 
 
 def test_the_tables_of_a_document() -> None:
     rows = [decode_row(1, 128, 3.3), decode_row(16, 128, 3.9), decode_row(1, 6144, 3.5), decode_row(1, 128, 3.2)]
     lines = report.table([*rows, decode_row(1, 128, 4.0, date="2025-01-01T00:00:00Z")], "latency").splitlines()
-    assert lines[0] == "| model | from | rows | prompt | ms a token | floor, ms | × floor | × floor with KV |"
-    cells = [[cell.strip() for cell in line.strip("|").split("|")][2:5] for line in lines[2:5]]
+    titles = "rows | prompt | ms a token | floor, ms | × floor | × floor with KV"
+    assert lines[0] == f"| model | weights | KV cache | from | {titles} |"
+    cells = [[cell.strip() for cell in line.strip("|").split("|")][4:7] for line in lines[2:5]]
     assert cells == [["1", "128", "3.2"], ["1", "6144", "3.5"], ["16", "128", "3.9"]]
     assert "A GPU" in lines[-1]
     assert latency_tables(rows[:1]).count("\n") == 3
@@ -253,3 +255,32 @@ def test_a_session_offers_what_is_timed() -> None:
         assert callable(getattr(CudaSession, name))
     for name in ("load_stats", "host_seconds", "steps"):
         assert name in (CudaSession.__doc__ or "")
+
+
+def test_a_model_that_fails_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Every model with every precision and cache; rows of those that could be measured, and one line of each other."""
+
+    def find(name: str, layers: object, device: int, quiet: bool, stored: str, cache: str) -> bench_latency.Model:
+        @contextlib.contextmanager
+        def start(gpu: bench_latency.Gpu, plan: Plan) -> Iterator[tuple[Any, float]]:
+            if stored == "int4":
+                raise CapacityError("the model needs more")
+            yield FakeSession(), 2.0
+
+        return bench_latency.Model(name, SHAPES["7b"], stored, cache, SHAPES["7b"].floor_bytes, "random", start)
+
+    monkeypatch.setattr(bench_latency, "find_model", find)
+    monkeypatch.setattr(bench_latency, "open_gpu", lambda device, with_matrix_rate: fake_gpu())
+    chosen: dict[str, Any] = {"precisions": ["int4", "fp8"], "kv_formats": ["bf16", "int8"], "quiet": True}
+    with pytest.raises(QwenRtError, match="2 of 4 models failed"):
+        bench_latency.run(["7b"], PLAN, output=tmp_path / "rows.jsonl", **chosen)
+    told = capsys.readouterr()
+    assert told.err.splitlines() == [f"7b, int4, {kv} KV: the model needs more" for kv in ("bf16", "int8")]
+    found = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    stored = {(row["settings"]["weights"], row["settings"]["kv_cache"]) for row in found}
+    assert stored == {("fp8", "bf16"), ("fp8", "int8")}
+    assert not any("start_to_first_token_s" in row["metrics"] for row in found), "an earlier model was in the way"
+    with pytest.raises(CapacityError, match="the model needs more"):
+        bench_latency.run(["7b"], PLAN, precisions=["int4"], quiet=True)

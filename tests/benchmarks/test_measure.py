@@ -6,17 +6,27 @@ import ctypes
 from pathlib import Path
 from typing import Any, cast
 
+import ml_dtypes
+import numpy as np
 import pytest
 
 from qwen_rt.benchmarks.bench_export_72b import check_references
-from qwen_rt.benchmarks.checkpoints import QWEN2_05B, QWEN2_72B, split_shards, write_random, write_sparse
+from qwen_rt.benchmarks.checkpoints import (
+    QWEN2_05B,
+    QWEN2_72B,
+    split_shards,
+    write_random,
+    write_repeated,
+    write_sparse,
+)
 from qwen_rt.benchmarks.cpu_contest import agreement, step_weights
 from qwen_rt.benchmarks.measure import (
     NUM_READ_PROBES,
     first_byte_seconds,
     gpu_read_bandwidth,
-    matrix_rate_of_child,
+    matrix_rates_of_child,
     package_python,
+    process_seconds,
     read_bandwidth,
     run_child,
 )
@@ -130,12 +140,22 @@ def test_the_export_check_finds_a_moved_weight(tmp_path: Path) -> None:
 def test_without_a_gpu_there_is_no_matrix_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     """A child that cannot see a GPU, dies, or hangs gives no rate, and no trouble."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert matrix_rate_of_child() is None
-    for program in ("import os; os.abort()", "print('[0]')", "print('[\"fast\"]')", "import time; time.sleep(60)"):
-        monkeypatch.setattr("qwen_rt.benchmarks.measure._RATE_OF_CHILD", program)
-        assert matrix_rate_of_child(timeout_s=2.0 if "sleep" in program else 60.0) is None
-    monkeypatch.setattr("qwen_rt.benchmarks.measure._RATE_OF_CHILD", "print('noise'); print('[7.9e14]')")
-    assert matrix_rate_of_child() == 7.9e14
+    assert matrix_rates_of_child() == {}
+    for program in (
+        "import os; os.abort()",
+        "print('[0]')",
+        'print(\'{"bf16": "fast"}\')',
+        "import time; time.sleep(60)",
+    ):
+        monkeypatch.setattr("qwen_rt.benchmarks.measure._RATES_OF_CHILD", program)
+        assert matrix_rates_of_child(timeout_s=2.0 if "sleep" in program else 60.0) == {}
+    program = "print('noise'); print('{\"bf16\": 7.9e14, \"fp8\": null}')"
+    monkeypatch.setattr("qwen_rt.benchmarks.measure._RATES_OF_CHILD", program)
+    assert matrix_rates_of_child() == {"bf16": 7.9e14}
+
+
+def test_a_process_knows_its_age() -> None:
+    assert 0 < process_seconds() < 86400
 
 
 class FakeCuda:
@@ -204,3 +224,20 @@ def test_the_fastest_reader_of_a_gpu_counts() -> None:
     assert library.nbytes == 48 << 20  # half of what is free, in whole chunks
     assert library.variants == [variant for variant in range(NUM_READ_PROBES) for _ in range(5)]
     assert not cuda.taken  # all given back
+
+
+def test_repeated_weights_may_be_scaled(tmp_path: Path) -> None:
+    """By powers of two, some matrices, bit for bit; the others stay as they were."""
+    plain, scaled = tmp_path / "plain", tmp_path / "scaled"
+    for folder, factors in ((plain, None), (scaled, {"o_proj.weight": 0.125, "embed_tokens.weight": 64.0})):
+        folder.mkdir()
+        write_repeated(folder, TINY, factors=factors)
+    first, second = (Checkpoint.open(folder).tensors for folder in (plain, scaled))
+
+    def read(tensor: Any) -> Any:
+        data = tensor.path.read_bytes()[tensor.offset : tensor.offset + tensor.nbytes]
+        return np.frombuffer(data, ml_dtypes.bfloat16).astype(np.float32)
+
+    for name, tensor in first.items():
+        factor = 0.125 if "o_proj.weight" in name else 64.0 if "embed_tokens" in name else 1.0
+        assert np.array_equal(read(second[name]), factor * read(tensor)), name

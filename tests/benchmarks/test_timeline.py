@@ -286,7 +286,7 @@ def test_a_run_writes_a_row_a_table_and_a_picture(
 def test_nothing_is_written_without_a_passed_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu
 ) -> None:
-    def refuse(session: object) -> dict[str, Any]:
+    def refuse(session: object, **_: Any) -> dict[str, Any]:
         raise VerificationError("other tokens")
 
     monkeypatch.setattr(timeline, "check_tokens", refuse)

@@ -60,7 +60,7 @@ def put(place: list[str], *rows: dict[str, Any]) -> None:
     (Path(place[3]) / "latency.jsonl").write_text(text, encoding="utf-8")
 
 
-@pytest.mark.parametrize("what", ["kernels", "latency", "timeline", "bars"])
+@pytest.mark.parametrize("what", ["kernels", "latency", "peers", "timeline", "bars"])
 def test_each_benchmark_has_help_with_examples_that_parse(what: str, cli: Cli) -> None:
     shown = cli("bench", what, "--help")
     assert (shown.code, shown.err) == (0, "")
@@ -79,7 +79,7 @@ def test_the_shapes_of_the_command_are_those_of_the_benchmarks() -> None:
 
 def test_which_benchmark_must_be_said(cli: Cli) -> None:
     cli("bench").refused(2, "WHAT", "see qwen-rt bench --help")
-    cli("bench", "kernel").refused(2, "'kernels', 'latency', 'timeline', 'bars'")
+    cli("bench", "kernel").refused(2, "'kernels', 'latency', 'peers', 'timeline', 'bars'")
 
 
 @pytest.mark.parametrize(
@@ -94,6 +94,10 @@ def test_which_benchmark_must_be_said(cli: Cli) -> None:
         (["bars", "--issue", "three"], ("'three' is no whole number",)),
         (["latency", "no-such-model", "--dry"], ("no-such-model", "0.5b, 1.5b, 7b, 72b, or a bundle")),
         (["latency", "7b", "--picture", "a.jpg", "--dry"], ("a.jpg", ".svg or .png")),
+        (["peers", "--peer", "tensorrt"], ("--peer", "'tensorrt'")),
+        (["peers", "--precision", "int8"], ("--precision", "'int8'")),
+        (["peers", "no-such-model", "--dry"], ("no-such-model", "0.5b, 1.5b, 7b, 72b", "random weights")),
+        (["peers", "7b", "--vllm-python", "none/python", "--dry"], ("--vllm-python none/python is no program",)),
         (["timeline", "--rows", "1", "16"], ("unrecognized|--rows|model '16'",)),
         (["timeline", "--steps", "65"], ("--steps", "'65' is no whole number from 1 to 64")),
         (["timeline", "--steps", "0"], ("'0' is no whole number from 1 to 64",)),
@@ -155,7 +159,7 @@ def test_the_bars_of_the_project_are_told(cli: Cli) -> None:
     shown = cli("bench", "bars", "--issue", "3")
     assert shown.err == ""
     lines = shown.out.splitlines()
-    assert len(lines) == len(bars.load()) + 1
+    assert len(lines) == sum(bar.issue == 3 for bar in bars.load()) + 1
     assert shown.code == int(any(not line.startswith("PASS") for line in lines[:-1]))
 
 
@@ -164,7 +168,7 @@ def test_without_a_gpu(workplace: Path) -> None:
     env = environment(CUDA_VISIBLE_DEVICES="")
     kernels = child(["bench", "kernels", "--output", "rows.jsonl"], cwd=workplace, env=env)
     kernels.refused(1, "torch .* is a CPU build|torch finds no GPU")
-    for what in ("latency", "timeline"):
+    for what in ("latency", "peers", "timeline"):
         whole = child(["bench", what, "7b", "--output", "rows.jsonl"], cwd=workplace, env=env)
         whole.refused(1, "no NVIDIA driver|no NVIDIA GPU|CUDA runtime|plugin library")
     assert names(workplace) == set()

@@ -5,17 +5,15 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 
 from qwen_rt.benchmarks.nano.heldout import load as load_problems
 from qwen_rt.bundle import Bundle
-from qwen_rt.errors import CapacityError, MissingDependencyError, QwenRtError
-from qwen_rt.plugins.library import PluginLibrary, load
-from qwen_rt.quantization import KV_FORMATS, decode_fp8
+from qwen_rt.errors import CapacityError
+from qwen_rt.plugins.library import PluginLibrary
+from qwen_rt.quantization import decode_fp8
 from qwen_rt.runtime.cuda.cudart import Cudart
 from qwen_rt.runtime.cuda.memory import Resources
 from qwen_rt.runtime.cuda.session import CudaSession
@@ -23,34 +21,11 @@ from qwen_rt.runtime.cuda.steps import BUCKETS
 from qwen_rt.runtime.cuda.weights import BF16, FLOAT, FLOAT8, FLOAT16, INT8, UINT8, RandomWeights
 from qwen_rt.runtime.executor import RowState
 from qwen_rt.runtime.llm import LLM
-from qwen_rt.runtime.sampler import SampleResult
 from qwen_rt.runtime.sampling_params import SamplingParams
 
+from .gpu_kit import KV_BYTES, MEGABYTE, feed, make_rows, run
+
 pytestmark = pytest.mark.gpu
-
-MEGABYTE = 1 << 20
-KV_BYTES = 256 * MEGABYTE
-
-
-@pytest.fixture(scope="module")
-def cuda() -> Cudart:
-    """The runtime, with device 0 open; skips where the session cannot run."""
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        pytest.skip("onnxruntime without CUDA")
-    try:
-        cuda = Cudart()
-        cuda.open_device(0)
-    except QwenRtError as error:
-        pytest.skip(f"no usable GPU: {error}")
-    return cuda
-
-
-@pytest.fixture(scope="module")
-def library(cuda: Cudart) -> PluginLibrary:
-    try:
-        return load(sm=cuda.open_device(0))
-    except MissingDependencyError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -66,37 +41,6 @@ def bundle(library: PluginLibrary, nano_portable: Path) -> Path:
 def session(bundle: Path) -> Iterator[CudaSession]:
     with CudaSession(Bundle.open(bundle), kv_memory=KV_BYTES, quiet=True) as session:
         yield session
-
-
-def make_rows(session: CudaSession, lengths: list[int], **params: Any) -> list[RowState]:
-    """Requests of these prompt lengths, each with blocks for 200 tokens more, none shared."""
-    rng, rows, free = np.random.default_rng(5), [], iter(range(1, session.num_blocks))
-    given = SamplingParams(**{"temperature": 0.0, "logprobs": 5, **params})
-    for index, length in enumerate(lengths):
-        prompt = tuple(rng.integers(0, session.spec.vocab_size, length).tolist())
-        blocks = tuple(next(free) for _ in range(-(-(length + 200) // session.block_size)))
-        rows.append(RowState(prompt, given, 1000 + index, blocks))
-    return rows
-
-
-def feed(session: CudaSession, row: RowState) -> SampleResult:
-    prompt = np.array(row.prompt_ids, np.int64)
-    result = None
-    for start in range(0, len(prompt), session.chunk_tokens):
-        chunk = prompt[start : start + session.chunk_tokens]
-        result = session.prefill(row, chunk, start, is_last=start + len(chunk) == len(prompt))
-    assert result is not None
-    row.output_ids = result.token_ids.tolist()
-    return result
-
-
-def run(session: CudaSession, rows: list[RowState], steps: int) -> list[SampleResult]:
-    session.set_rows(rows)
-    results = [session.wait_step(session.launch_step()) for _ in range(steps)]
-    for result in results:
-        for row, token in zip(rows, result.token_ids.tolist(), strict=True):
-            row.output_ids.append(token)
-    return results
 
 
 def test_greedy_answers_are_those_of_the_cpu(bundle: Path, nano: LLM) -> None:
@@ -169,33 +113,6 @@ def test_every_bucket_agrees_with_a_prefill_of_the_same_tokens(session: CudaSess
         assert top is not None
         choice = top.top_ids.tolist().index(row.output_ids[-1])
         assert top.top_logprobs[0] - top.top_logprobs[choice] < 0.1, bucket
-
-
-@pytest.mark.parametrize("kv_format", KV_FORMATS)
-def test_a_quantized_cache(library: PluginLibrary, nano_portable: Path, kv_format: str) -> None:
-    """Steps choose what a prefill of the same tokens would, a rounding error aside, whoever their batch mates are."""
-    from qwen_rt.export.build import BuildOptions, build
-    from qwen_rt.export.settings import QuantizeOptions
-
-    folder = nano_portable.parent / f"cuda-{kv_format}-cache"
-    options = BuildOptions(target="cuda", quantize=QuantizeOptions(kv_cache=kv_format), gate=False, quiet=True)
-    build(nano_portable, folder, options)
-    with CudaSession(Bundle.open(folder), kv_memory=KV_BYTES, quiet=True) as session:
-        rows = make_rows(session, [200, 9, 70])
-        for row in rows:
-            feed(session, row)
-        starts = [list(row.output_ids) for row in rows]
-        run(session, rows, 12)
-        for row, start in zip(rows, starts, strict=True):
-            together, row.output_ids = row.output_ids, start
-            run(session, [row], 12)
-            assert row.output_ids == together
-            fed = RowState((*row.prompt_ids, *row.output_ids[:-1]), row.params, 0, row.blocks)
-            top = feed(session, fed).logprobs[0]
-            assert top is not None
-            choice = top.top_ids.tolist().index(row.output_ids[-1])
-            assert top.top_logprobs[0] - top.top_logprobs[choice] < 0.1
-        assert session.memory_report().unaccounted_share < 0.02
 
 
 def test_the_memory_report_agrees_with_the_driver(session: CudaSession) -> None:

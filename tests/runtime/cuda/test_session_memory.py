@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qwen_rt.errors import CapacityError, QwenRtError, UnsupportedModelError, UsageError
+from qwen_rt.runtime.cuda.memory import block_bytes
 from qwen_rt.runtime.cuda.session import CudaSession
 
-from .fake import FakeGpu, continuation, request
-from .kit import VOCAB, decode, feed, open_session, prompt_of
+from .fake import FakeGpu, continuation, make_graph, request, write_shards
+from .kit import SPEC, VOCAB, decode, feed, open_session, prompt_of
 
 
 @pytest.mark.parametrize(
@@ -130,3 +132,33 @@ def test_a_failing_graph_ends_its_capture(session: CudaSession, gpu: FakeGpu, mo
     assert "graph" not in gpu.live()
     decode(session, [row], 3)
     assert row.output_ids == continuation(row.prompt_ids, 4, VOCAB)
+
+
+def test_chunks_of_prompts_shrink_where_memory_is_short(
+    gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until the cache that is asked for fits, else a request of the full length; and never below 512 tokens."""
+    write_shards(SPEC, tmp_path)
+    graph, one = make_graph(SPEC, tmp_path), block_bytes(SPEC)
+    base: dict[str, Any] = {"base_dir": tmp_path, "platform": gpu.platform(), "max_rows": 2, "quiet": True}
+
+    def chunk_with(total: int, **settings: Any) -> int:
+        monkeypatch.setenv("FAKE_TOTAL", str(total))
+        with CudaSession.from_graph(graph, SPEC, 8192, **base, **settings) as session:
+            row = request(prompt_of(1200), range(1, 20))
+            feed(session, row)
+            assert row.output_ids == continuation(row.prompt_ids, 1, VOCAB)
+            return session.chunk_tokens
+
+    plenty, cache = 2 << 30, 40 * one
+    assert chunk_with(plenty, kv_memory=cache) == 8192
+    found = []
+    for quarter in range(4 * 300, 4 * 320):  # the last is ample, the first too little for any chunk
+        with contextlib.suppress(CapacityError):
+            found.append(chunk_with(quarter << 18, kv_memory=cache))
+    assert len(found) < 80
+    assert sorted(set(found)) == list(dict.fromkeys(found)) == [512, 1024, 2048, 4096, 8192]
+    fits = (320 << 20) + int(0.03 * (600 << 20)) + (256 << 20)
+    assert chunk_with(fits) == 8192
+    assert chunk_with(fits - (16 << 20)) < 8192
+    assert chunk_with(plenty, kv_memory=cache, chunk_tokens=300) == 300

@@ -14,6 +14,7 @@ from qwen_rt.errors import BundleError, GraphError, MissingDependencyError, Qwen
 from qwen_rt.runtime.cuda.graph import split_weights
 from qwen_rt.runtime.cuda.memory import ALIGNMENT, Resources
 from qwen_rt.runtime.cuda.weights import (
+    BF16,
     FLOAT,
     FLOAT8,
     FLOAT16,
@@ -233,3 +234,32 @@ def test_a_plan_refuses_what_does_not_add_up() -> None:
 
 def test_a_rate_is_bytes_by_time() -> None:
     assert LoadStats(3_000_000_000, 1.5).gb_s == 2.0
+
+
+def test_random_layers_but_the_first_add_an_eighth(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the scales of quantized matrices, through the numbers themselves of others."""
+    source, sizes = RandomWeights(gpu.path), []
+    names = [f"model.layers.{layer}.{place}" for layer in (0, 1, 10) for place in ("self_attn.o", "mlp.down", "mlp.up")]
+    weights = []
+    for name in names:
+        weights += [
+            external(f"{name}_proj.weight", FLOAT8, (8, 8)),
+            external(f"{name}_proj.weight_scale", FLOAT, (8, 1)),
+        ]
+    plan = plan_weights([external("model.layers.3.mlp.down_proj.weight", BF16, (8, 8)), *weights])
+
+    def note(target: int, count: int, element_type: int, size: float, seed: int, stream: int) -> int:
+        sizes.append(size)
+        return 0
+
+    monkeypatch.setattr(source, "_fill", note)
+    resources = Resources(gpu.cuda)
+    base, _ = resources.device(plan.nbytes)
+    source.fill(plan, base, gpu.cuda, 0, quiet=True)
+    resources.close()
+    found = {tensor.source.name: size for tensor, size in zip(plan.tensors, sizes, strict=True)}
+    assert found["model.layers.3.mlp.down_proj.weight"] == pytest.approx(0.02 / 8)
+    for name in names:
+        is_less = "up_proj" not in f"{name}_proj" and ".0." not in name
+        assert found[f"{name}_proj.weight"] == 120.0
+        assert found[f"{name}_proj.weight_scale"] == pytest.approx(0.02 / 120 / (8 if is_less else 1)), name
