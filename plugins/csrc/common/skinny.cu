@@ -84,7 +84,9 @@ int32_t read_matrices(const QwenRtCall& call, const MatrixTensors& where, int64_
 }
 
 int64_t workspace_skinny(int64_t rows, int64_t k, int64_t groups) {
-    return groups == 0 ? 0 : QWEN_RT_COUNTER_BYTES + (rows + 1) * k * 2;
+    if (groups == 0) return 0;
+    const int64_t permuted = (rows + 1) * k * 2, wide = workspace_wide(rows, k);
+    return QWEN_RT_COUNTER_BYTES + (permuted > wide ? permuted : wide);
 }
 
 void* skinny_scratch(const QwenRtCall& call, int64_t needed) {
@@ -133,14 +135,24 @@ int32_t launch_skinny(const QwenRtCall& call, const Matrices& matrices, SkinnyPa
     constexpr decltype(&launch_skinny_bf16) kLaunch[] = {launch_skinny_bf16, launch_skinny_fp8, launch_skinny_int8, launch_skinny_int4};
     const auto launch_format = kLaunch[static_cast<int>(matrices.format)];
     const bool is_whole = matrices.scaling == Scaling::kNone || matrices.scaling == Scaling::kRow;
-    const int all = p.rows, most = is_whole ? kMaxRows : kMostGroupedRows;
+#ifdef QWEN_RT_TUNE
+    const bool may_be_wide = call.flags >> 8 == 0;
+#else
+    constexpr bool may_be_wide = true;
+#endif
+    SkinnyParams least = p;
+    least.rows = p.rows < kMostWideRows ? p.rows : kMostWideRows;
+    const bool wide = may_be_wide && is_wide(device, matrices, least, scratch);
+    const int all = p.rows, most = wide ? kMostWideRows : is_whole ? kMaxRows : kMostGroupedRows;
     for (int first = 0; first < all; first += most) {
         SkinnyParams part = p;
         part.rows = all - first < most ? all - first : most;
         part.x += static_cast<int64_t>(first) * p.k;
         if (p.residual != nullptr) part.residual += static_cast<int64_t>(first) * p.units;
         part.out = static_cast<char*>(p.out) + static_cast<int64_t>(first) * p.units * (p.epilogue == Epilogue::kLogits ? 4 : 2);
-        if (const int32_t status = launch_format(call, device, grid, part, matrices.scaling)) return status;
+        const int32_t status = wide ? launch_wide(call, device, matrices, grid, part, scratch)
+                                    : launch_format(call, device, grid, part, matrices.scaling);
+        if (status) return status;
     }
     return QWEN_RT_OK;
 }

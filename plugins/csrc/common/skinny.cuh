@@ -50,4 +50,12 @@ int32_t launch_skinny_fp8(const QwenRtCall& call, const Device& device, const Sk
 int32_t launch_skinny_int8(const QwenRtCall& call, const Device& device, const SkinnyGrid& grid, const SkinnyParams& p, Scaling scaling);
 int32_t launch_skinny_int4(const QwenRtCall& call, const Device& device, const SkinnyGrid& grid, const SkinnyParams& p, Scaling scaling);
 
+// Hopper's kernel for matrices of 8 bits with a scale for each row (wide_gemm.cuh), up to so many rows.
+constexpr int kMostWideRows = 32;
+bool is_wide(const Device& device, const Matrices& matrices, const SkinnyParams& p, const void* scratch);
+int32_t launch_wide(const QwenRtCall& call, const Device& device, const Matrices& matrices, const SkinnyGrid& grid, const SkinnyParams& p,
+                    void* scratch);
+// Bytes of its scratch.
+int64_t workspace_wide(int64_t rows, int64_t k);
+
 }  // namespace qwen_rt
