@@ -31,6 +31,7 @@ constexpr int kTriggerChunks = 3;
 // A block that reads no more than this leaves half of the SM to the next kernel's block; a larger one takes all, because
 // two blocks of one kernel on an SM, which the hardware places where it finds room, end late.
 constexpr int64_t kSmallBlockBytes = 224 * 1024;
+constexpr int kInt8Rows = 4;  // INT8_ROWS of core/ops.py
 constexpr int kSmallestGroup = 16, kLargestGroup = 256;
 constexpr int kStep = 64;           // what k must divide by
 constexpr int kMostGroupedRows = 32;  // rows of one launch where x takes too much room: more go in two
@@ -45,11 +46,13 @@ int log2_of(int value) {
 
 int32_t read_matrices(const QwenRtCall& call, const MatrixTensors& where, int64_t k, int64_t groups, double weight_format,
                       Matrices* found) {
-    if (!(weight_format >= 0 && weight_format <= 3 && weight_format == static_cast<int>(weight_format)))
-        return refuse(call, QWEN_RT_INVALID, "weight_format=%g; expected 0 (bf16), 1 (fp8), 2 (int8) or 3 (int4)", weight_format);
+    if (!(weight_format >= 0 && weight_format <= kInt8Rows && weight_format == static_cast<int>(weight_format)))
+        return refuse(call, QWEN_RT_INVALID,
+                      "weight_format=%g; expected 0 (bf16), 1 (fp8), 2 (int8), 3 (int4) or 4 (int8, activations too)", weight_format);
     Matrices& m = *found;
     m = {};
-    m.format = static_cast<Format>(static_cast<int>(weight_format));
+    m.rounds_rows = weight_format == kInt8Rows;
+    m.format = m.rounds_rows ? Format::kInt8 : static_cast<Format>(static_cast<int>(weight_format));
     m.count = where.count;
     m.groups = groups;
     m.perm = where.perm < 0 ? nullptr : static_cast<const int32_t*>(call.tensors[where.perm]);

@@ -15,6 +15,7 @@ struct MatrixTensors {
 // What a call says of its matrices; all are alike.
 struct Matrices {
     Format format;
+    bool rounds_rows;  // whether a prefill on int8 may round activations to int8 too, a scale for each row
     Scaling scaling;
     const int32_t* perm;  // null: columns are in order
     int count;
@@ -22,6 +23,10 @@ struct Matrices {
     int64_t groups;
     int group_size;  // k where a row has one scale
 };
+
+// Most rows that go to the skinny kernels whatever their matrices. More go to cuBLASLt if those are bf16, or e4m3 with scales
+// of rows: then that is faster (docs/performance-gpu-kernels.md).
+constexpr int kMostSkinnyRows = 32;
 
 // Reads and checks them: `k` columns, `groups` as in dims, `weight_format` as in attributes.
 int32_t read_matrices(const QwenRtCall& call, const MatrixTensors& where, int64_t k, int64_t groups, double weight_format,
