@@ -19,6 +19,15 @@ ALIKE_WITH_PRODUCTS = ((32, (1, 5, 8, 9, 13, 16, 17, 31)), (64, (33, 41, 63)))
 """Rows → fewer rows that give a row the same bits: where all go to the skinny kernels, and where some do not."""
 
 
+def alike(scheme: Scheme | None) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Rows → fewer rows that give a row the same bits; `scheme` None: bf16."""
+    has_products = takes_products(64, scheme)
+    if scheme not in (Scheme("fp8"), Scheme("int8")) or torch.cuda.get_device_capability() != (9, 0):
+        return ALIKE_WITH_PRODUCTS if has_products else ALIKE
+    few, more = (2, (1,)), (3, 5, 8, 9, 13, 16, 17, 31)
+    return (few, (32, more), (64, (33, 41, 63))) if has_products else (few, (64, (*more, 33, 63)))
+
+
 def nan_bf16(*shape: int) -> torch.Tensor:
     """An output that nobody has written."""
     return torch.full(shape, float("nan"), dtype=torch.bfloat16, device="cuda")

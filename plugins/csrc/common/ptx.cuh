@@ -68,6 +68,10 @@ __device__ __forceinline__ const unsigned char* load_shared_pointer(uint32_t add
     return pointer;
 }
 
+__device__ __forceinline__ void store_shared_pair(uint32_t address, uint32_t a, uint32_t b) {
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
+}
+
 __device__ __forceinline__ void store_shared(uint32_t address, uint4 v) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");

@@ -3,6 +3,8 @@
 // Permuted columns: the stored column k of a matrix belongs to x[perm[k]]. A kernel of one block a row first brings x, and
 // the norm's weights, into the stored order: out[r, k] = x[r, perm[k]], two bytes per thread and turn. The sum of squares
 // does not change by that but for the order of its terms.
+#include <cstdlib>
+
 #include "skinny.cuh"
 
 namespace qwen_rt {
@@ -86,6 +88,14 @@ int32_t read_matrices(const QwenRtCall& call, const MatrixTensors& where, int64_
     return QWEN_RT_OK;
 }
 
+bool is_batch_invariant() {
+    static const bool is_set = [] {
+        const char* value = std::getenv("QWEN_RT_BATCH_INVARIANT");
+        return value != nullptr && value[0] == '1';
+    }();
+    return is_set;
+}
+
 int64_t workspace_skinny(int64_t rows, int64_t k, int64_t groups) {
     if (groups == 0) return 0;
     const int64_t permuted = (rows + 1) * k * 2, wide = workspace_wide(rows, k);
@@ -114,7 +124,7 @@ int32_t launch_skinny(const QwenRtCall& call, const Matrices& matrices, SkinnyPa
                                           reinterpret_cast<const unsigned short*>(p.norm_weight), matrices.perm, reordered, p.rows, p.k))
             return status;
         p.x = static_cast<const bf16*>(scratch);
-        p.has_fresh_norm = p.norm_weight != nullptr;
+        p.is_permuted = true, p.has_fresh_norm = p.norm_weight != nullptr;
         if (p.has_fresh_norm) p.norm_weight = p.x + static_cast<int64_t>(p.rows) * p.k;
     }
     for (int i = 0; i < matrices.count; ++i)

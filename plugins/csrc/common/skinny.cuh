@@ -55,7 +55,15 @@ int32_t launch_skinny_fp8(const QwenRtCall& call, const Device& device, const Sk
 int32_t launch_skinny_int8(const QwenRtCall& call, const Device& device, const SkinnyGrid& grid, const SkinnyParams& p, Scaling scaling);
 int32_t launch_skinny_int4(const QwenRtCall& call, const Device& device, const SkinnyGrid& grid, const SkinnyParams& p, Scaling scaling);
 
-// Hopper's kernel for matrices of 8 bits with a scale for each row (wide_gemm.cuh), up to so many rows.
+// Whether rows of 8-bit matrices must have the same bits among 1 and 2 rows as among more: QWEN_RT_BATCH_INVARIANT=1. Then one
+// and two rows go the way of more, which is slower.
+bool is_batch_invariant();
+
+// Hopper's kernel for one or two rows of matrices of 8 bits with a scale for each row (skinny_8bit_few.cuh).
+constexpr int kFewByteRows = 2;
+inline bool is_few_bytes(const Device& device, int rows) { return device.sm == 90 && rows <= kFewByteRows && !is_batch_invariant(); }
+
+// Hopper's kernel for more rows of matrices of 8 bits with a scale for each row (wide_gemm.cuh), up to so many rows.
 constexpr int kMostWideRows = 32;
 bool is_wide(const Device& device, const Matrices& matrices, const SkinnyParams& p, const void* scratch);
 int32_t launch_wide(const QwenRtCall& call, const Device& device, const Matrices& matrices, const SkinnyGrid& grid, const SkinnyParams& p,

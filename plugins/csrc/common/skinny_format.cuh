@@ -98,6 +98,24 @@ __device__ __forceinline__ uint32_t largest_exponent(const uint4 (&x)[kVectors])
     return max(kLeastExponent, max(low, high));
 }
 
+// x of a unit as f16, by the unit's largest exponent: what x is multiplied by (as bf16, exact), and what sums are.
+__device__ __forceinline__ uint32_t half_scale(uint32_t exponent) { return (268u - exponent) << 7; }  // 2^(14 + 127 - exponent)
+__device__ __forceinline__ float half_factor(uint32_t exponent) {
+    return exponent == kNotFinite ? __uint_as_float(kNan) : __uint_as_float((exponent - 14u) << 23);
+}
+__device__ __forceinline__ uint4 halves_of_eight(uint4 x, uint32_t scale) {
+    const uint4 scaled = multiply_pairs(x, scale | scale << 16);
+    const uint32_t words[4] = {scaled.x, scaled.y, scaled.z, scaled.w};
+    uint32_t halves[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 f = unpack(words[i]);
+        const __half2 h = __floats2half2_rn(f.x, f.y);
+        halves[i] = *reinterpret_cast<const uint32_t*>(&h);
+    }
+    return make_uint4(halves[0], halves[1], halves[2], halves[3]);
+}
+
 template <>
 struct UnitX<Format::kFp8> {
     uint32_t pairs[8];  // f16, in order
@@ -105,17 +123,11 @@ struct UnitX<Format::kFp8> {
 
     __device__ __forceinline__ explicit UnitX(const uint4 (&x)[2]) {
         const uint32_t exponent = largest_exponent(x);
-        const uint32_t scale = (268u - exponent) << 7;  // 2^(14 + 127 - exponent) as bf16
-        factor = __uint_as_float((exponent - 14u) << 23);
+        factor = half_factor(exponent);
 #pragma unroll
         for (int v = 0; v < 2; ++v) {
-            const uint32_t words[4] = {x[v].x, x[v].y, x[v].z, x[v].w};
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float2 f = unpack(multiply_pairs(words[i], scale | scale << 16));
-                const __half2 h = __floats2half2_rn(f.x, f.y);
-                pairs[v * 4 + i] = *reinterpret_cast<const uint32_t*>(&h);
-            }
+            const uint4 halves = halves_of_eight(x[v], half_scale(exponent));
+            pairs[v * 4] = halves.x, pairs[v * 4 + 1] = halves.y, pairs[v * 4 + 2] = halves.z, pairs[v * 4 + 3] = halves.w;
         }
     }
 };

@@ -37,21 +37,21 @@ constexpr int64_t kSmallWideBytes = 224 * 1024;  // as in skinny.cu
 
 int64_t prepared_bytes(int rows, int k) { return int64_t{num_blocks_of(k)} * x_block_bytes(rows); }
 
-template <Format kFormat, int kN, int kSide, int kStages, bool kHalf, bool kStreamed>
+template <Format kFormat, int kN, int kSide, int kStages, bool kHalf>
 bool try_wide(const QwenRtCall& call, const Device& device, int blocks, const WideParams& wide, int32_t* status) {
     const SkinnyParams& p = wide.p;
-    const int64_t bytes = wide_shared_bytes(kN, kStages, kStreamed, p.rows, p.k, wide.num_groups);
+    const int64_t bytes = wide_shared_bytes(kN, kStages, p.rows, wide.num_groups);
     if (bytes > (kHalf ? kHalfOfShared : device.max_shared_bytes)) return false;
-    *status = launch(call, wide_gemm<kFormat, kN, kSide, kStages, kHalf, kStreamed>, device, dim3(static_cast<unsigned>(blocks)), kWideThreads,
+    *status = launch(call, wide_gemm<kFormat, kN, kSide, kStages, kHalf>, device, dim3(static_cast<unsigned>(blocks)), kWideThreads,
                      static_cast<int>(bytes), wide);
     return true;
 }
 
-template <Format kFormat, int kSide, bool kStreamed>
+template <Format kFormat, int kSide>
 int32_t choose_wide(const QwenRtCall& call, const Device& device, int blocks, int n, bool is_small, const WideParams& wide) {
     int32_t status = QWEN_RT_OK;
 #define QWEN_RT_WIDE(wanted, n, stages, is_half) \
-    if ((wanted) && try_wide<kFormat, n, kSide, stages, is_half, kStreamed>(call, device, blocks, wide, &status)) return status
+    if ((wanted) && try_wide<kFormat, n, kSide, stages, is_half>(call, device, blocks, wide, &status)) return status
     QWEN_RT_WIDE(n <= 16 && is_small, 16, 8, true);
     QWEN_RT_WIDE(n <= 16, 16, 8, false);
     QWEN_RT_WIDE(n <= 32, 32, 9, false);
@@ -72,7 +72,6 @@ int32_t choose_wide(const QwenRtCall& call, const Device& device, int blocks, in
 template <Format kFormat>
 int32_t launch_format(const QwenRtCall& call, const Device& device, int blocks, int n, bool is_small, WideParams& wide, void* scratch) {
     const SkinnyParams& p = wide.p;
-    if (p.rows <= kMostResidentRows) return choose_wide<kFormat, 4, false>(call, device, blocks, n, is_small, wide);
     auto* prepared = static_cast<unsigned char*>(scratch);
     auto* squares = reinterpret_cast<float*>(prepared + prepared_bytes(p.rows, p.k));
     const int warps = p.rows * num_segments_of(p.k);
@@ -80,9 +79,9 @@ int32_t launch_format(const QwenRtCall& call, const Device& device, int blocks, 
                                       p.norm_weight, prepared, squares, p.rows, p.k))
         return status;
     wide.prepared = prepared, wide.squares = squares;
-    if (p.rows <= 8) return choose_wide<kFormat, 4, true>(call, device, blocks, n, is_small, wide);
-    if (p.rows <= 16) return choose_wide<kFormat, 2, true>(call, device, blocks, n, is_small, wide);
-    return choose_wide<kFormat, 1, true>(call, device, blocks, n, is_small, wide);
+    if (p.rows <= 8) return choose_wide<kFormat, 4>(call, device, blocks, n, is_small, wide);
+    if (p.rows <= 16) return choose_wide<kFormat, 2>(call, device, blocks, n, is_small, wide);
+    return choose_wide<kFormat, 1>(call, device, blocks, n, is_small, wide);
 }
 
 }  // namespace
@@ -95,7 +94,8 @@ int64_t workspace_wide(int64_t rows, int64_t k) {
 bool is_wide(const Device& device, const Matrices& matrices, const SkinnyParams& p, const void* scratch) {
     const bool is_byte = matrices.format == Format::kFp8 || matrices.format == Format::kInt8;
     return device.sm == 90 && is_byte && matrices.scaling == Scaling::kRow && matrices.perm == nullptr && p.k % kStepK == 0 &&
-           p.rows <= kMostWideRows && (p.rows <= kMostResidentRows || scratch != nullptr);
+           p.rows <= kMostWideRows &&
+           !is_few_bytes(device, p.rows) && scratch != nullptr;
 }
 
 int32_t launch_wide(const QwenRtCall& call, const Device& device, const Matrices& matrices, const SkinnyGrid& grid, const SkinnyParams& p,

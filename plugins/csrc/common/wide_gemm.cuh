@@ -1,4 +1,5 @@
-// Decode products of 8-bit weights on Hopper: y[n, m] = sum_k x[n, k] · w[m, k], up to 32 rows n, w read once.
+// Decode products of 8-bit weights on Hopper: y[n, m] = sum_k x[n, k] · w[m, k], up to 32 rows n, w read once. One and two
+// rows have a kernel of their own (skinny_8bit_few.cuh).
 //
 // Idea: weights are never touched by an instruction of ours. They go from memory to shared memory as stored, e4m3 or int8,
 //   and wgmma multiplies them there; x, which is small, is what gets converted, into two 8-bit terms (wide_x.cuh). A warp
@@ -18,9 +19,8 @@
 //   that copies never wait for a product, nor the fence between copies and wgmma for copies under way.
 // Overlap: the ring of weights is filled before the wait for the grids before; the next grid is let in shortly before the
 //   last copy.
-// x comes from the kernel itself (few rows: every block prepares all of it, kStreamed false), or was prepared by
-//   prepare_rows and comes by one bulk copy per stage (kStreamed).
-// Cost: the stored bytes of a unit's rows, once; x from L2 for every group of kN rows, if streamed.
+// x was prepared by prepare_rows (wide.cu) and comes by one bulk copy per stage.
+// Cost: the stored bytes of a unit's rows, once; x from L2 for every group of kN rows.
 #pragma once
 
 #include "skinny.cuh"
@@ -34,23 +34,22 @@ constexpr int kMultiplyThreads = kWarpgroups * 128;
 constexpr int kCopyThreads = kBlockSteps * 32;
 constexpr int kWideThreads = kMultiplyThreads + kCopyThreads;
 constexpr int kClasses = kWarpgroups * kBlockSteps;  // of steps that are added up on their own
-constexpr int kMostResidentRows = 2;  // above, every block preparing all of x takes longer than a kernel for it
 constexpr int kSumRows = 8;   // whose sums are in shared memory at a time
 constexpr int kTriggerStages = 2;  // the next grid is let in so many stages before the last copy
 
 struct WideParams {
     SkinnyParams p;
-    const unsigned char* prepared;  // blocks of x, if streamed
-    const float* squares;           // [rows, segments], if streamed and normalized
+    const unsigned char* prepared;  // blocks of x
+    const float* squares;           // [rows, segments], if normalized
     int group_units, num_groups;    // units of a group; groups of the block that has most
 };
 
 constexpr int kHalfOfShared = 112 * 1024;  // what a block that shares its SM may take
 __host__ __device__ constexpr int wide_stage_bytes(int n) { return kBlockSteps * n * 128; }
-// Of shared memory: ring, x (resident: all blocks; streamed: one a stage), table of rows, sums, squares, 1 / rms, barriers.
-__host__ __device__ constexpr int64_t wide_shared_bytes(int n, int stages, bool is_streamed, int rows, int k, int num_groups) {
-    return 1024 + int64_t{stages} * wide_stage_bytes(n) + int64_t{is_streamed ? stages : num_blocks_of(k)} * x_block_bytes(rows) +
-           num_groups * n * 8 + kClasses * (rows < kSumRows ? rows : kSumRows) * n * 4 + (is_streamed ? 0 : rows * num_segments_of(k) * 4) + rows * 4 + stages * 16 + 64;
+// Of shared memory: ring, x, table of rows, sums, 1 / rms, barriers.
+__host__ __device__ constexpr int64_t wide_shared_bytes(int n, int stages, int rows, int num_groups) {
+    return 1024 + int64_t{stages} * wide_stage_bytes(n) + int64_t{stages} * x_block_bytes(rows) +
+           num_groups * n * 8 + kClasses * (rows < kSumRows ? rows : kSumRows) * n * 4 + rows * 4 + stages * 16 + 64;
 }
 
 #if QWEN_RT_HAS_WGMMA
@@ -62,13 +61,13 @@ __device__ __forceinline__ float wide_value(const uint32_t (&d)[kCount], int i) 
 #endif
 
 // kN: weight rows of a group, a multiple of 16; kSide: steps of a product; kHalf: leaves half of the SM to the next grid.
-template <Format kFormat, int kN, int kSide, int kStages, bool kHalf, bool kStreamed>
+template <Format kFormat, int kN, int kSide, int kStages, bool kHalf>
 __global__ void __launch_bounds__(kWideThreads, kHalf ? 2 : 1) wide_gemm(const __grid_constant__ WideParams wide) {
 #if QWEN_RT_HAS_WGMMA
     extern __shared__ unsigned char unaligned[];
     const SkinnyParams& p = wide.p;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-    constexpr int kWarpsOfStep = 4 / kSide;  // a warp for every 8 rows of x
+    constexpr int kWarpsOfStep = 4 / kSide, kRowsOfProducts = 8 * kWarpsOfStep;  // a warp for every 8 rows of x
     const int warpgroup = warp >> 2, side = (warp & 3) / kWarpsOfStep, row = 8 * (warp & 3 & (kWarpsOfStep - 1)) + g;  // of x
     const bool is_pairs = p.epilogue == Epilogue::kSiluGate, has_norm = p.norm_weight != nullptr;
     constexpr int kStageBytes = wide_stage_bytes(kN);
@@ -78,12 +77,11 @@ __global__ void __launch_bounds__(kWideThreads, kHalf ? 2 : 1) wide_gemm(const _
     const uint32_t ring = (smem_address(unaligned) + 1023) / 1024 * 1024;
     unsigned char* const shared = unaligned + (ring - smem_address(unaligned));
     const uint32_t x_at = ring + kStages * kStageBytes;
-    unsigned char* const behind_x = shared + kStages * kStageBytes + (kStreamed ? kStages : num_stages) * block_bytes;
+    unsigned char* const behind_x = shared + kStages * kStageBytes + kStages * block_bytes;
     const auto row_at = reinterpret_cast<const unsigned char**>(behind_x);  // [groups][kN]; null: none
     const int sum_rows = min(p.rows, kSumRows);
     const auto sums = reinterpret_cast<float*>(row_at + wide.num_groups * kN);  // [class][row][kN]
-    float* const squares = sums + kClasses * sum_rows * kN;                      // [row][segment]
-    float* const inverse_rms = squares + (kStreamed ? 0 : p.rows * num_segments);
+    float* const inverse_rms = sums + kClasses * sum_rows * kN;
     const uint32_t full = (smem_address(inverse_rms + p.rows) + 7) / 8 * 8, empty = full + 8 * kStages;
 
     const int block = static_cast<int>(blockIdx.x);
@@ -108,7 +106,7 @@ __global__ void __launch_bounds__(kWideThreads, kHalf ? 2 : 1) wide_gemm(const _
     }
     if (threadIdx.x == 0) {
         for (int i = 0; i < kStages; ++i) {
-            barrier_init(full + 8 * i, kCopyThreads + (kStreamed ? 1 : 0));
+            barrier_init(full + 8 * i, kCopyThreads + 1);
             barrier_init(empty + 8 * i, 4);  // the warps that multiply it
         }
         fence_async_proxy();
@@ -138,14 +136,14 @@ __global__ void __launch_bounds__(kWideThreads, kHalf ? 2 : 1) wide_gemm(const _
                     from[i] += of_stage * 128 + chunk * 16;
                 }
             }
-            if (kStreamed && stage == min(kStages, all_stages) - 1) {
+            if (stage == min(kStages, all_stages) - 1) {
                 // Weights of all stages but one are under way; x of the same has to wait for the grid that makes it.
                 wait_for_previous_grids();
                 if (threadIdx.x == kMultiplyThreads)
                     for (int i = 0; i < stage; ++i) load_x(i, i % num_stages);
             }
             if (stage >= kStages) barrier_wait(empty + 8 * slot, parity);
-            if (kStreamed && threadIdx.x == kMultiplyThreads && stage >= min(kStages, all_stages) - 1) load_x(slot, in_group);
+            if (threadIdx.x == kMultiplyThreads && stage >= min(kStages, all_stages) - 1) load_x(slot, in_group);
             if (in_group * kBlockSteps + of_stage < num_steps) {
 #pragma unroll
                 for (int i = 0; i < kCopies; ++i)
@@ -163,48 +161,7 @@ __global__ void __launch_bounds__(kWideThreads, kHalf ? 2 : 1) wide_gemm(const _
     }
     if constexpr (kHalf) take_registers<96>();
 
-    // ---------------------------------------------------------------- x
-    if constexpr (kStreamed) {
-        wait_for_previous_grids();
-    } else {
-        // Norm weights of the first segments are here before x is.
-        constexpr int kAhead = 4, kWarpsOfBlock = kMultiplyThreads / 32;
-        const auto norm_at = [&](int segment) -> uint4 {
-            const int at = segment * kSegmentK + lane * 8;
-            return at < p.k ? __ldg(reinterpret_cast<const uint4*>(p.norm_weight + at)) : make_uint4(0, 0, 0, 0);
-        };
-        uint4 norm[kAhead];
-        if (has_norm)
-#pragma unroll
-            for (int i = 0; i < kAhead; ++i) norm[i] = norm_at(warp + i * kWarpsOfBlock);
-        wait_for_previous_grids();
-#pragma unroll 1
-        for (int r = 0; r < p.rows; ++r) {
-            const bf16* x_row = p.x + static_cast<int64_t>(r) * p.k;
-#pragma unroll 1
-            for (int first = warp; first < num_segments; first += kAhead * kWarpsOfBlock) {
-                uint4 x[kAhead];
-#pragma unroll
-                for (int i = 0; i < kAhead; ++i) {
-                    const int at = (first + i * kWarpsOfBlock) * kSegmentK + lane * 8;
-                    x[i] = at < p.k ? load_activation(x_row + at) : make_uint4(0, 0, 0, 0);
-                }
-#pragma unroll
-                for (int i = 0; i < kAhead; ++i) {
-                    const int segment = first + i * kWarpsOfBlock;
-                    if (segment >= num_segments) break;
-                    if (has_norm) {
-                        const float sum = segment_squares(x[i]);
-                        if (lane == 0) squares[r * num_segments + segment] = sum;
-                        x[i] = multiply_pairs(x[i], first == warp ? norm[i] : norm_at(segment));
-                    }
-                    prepare_segment<kFormat>(x[i], p.rows, r, segment, p.k,
-                                             [&](int bytes, uint32_t word) { store_shared_word(x_at + bytes, word); });
-                }
-            }
-        }
-        meet<kMultiplyThreads>();
-    }
+    wait_for_previous_grids();
 
     // ---------------------------------------------------------------- products
     int slot = 0, parity = 0;
@@ -212,7 +169,7 @@ __global__ void __launch_bounds__(kWideThreads, kHalf ? 2 : 1) wide_gemm(const _
     for (int group = 0; group < num_groups; ++group) {
         const int first_unit = begin + group * wide.group_units, count = min(wide.group_units, num_units - group * wide.group_units);
         // What the sums meet at the end is fetched before it is needed.
-        constexpr int kMine = kStreamed ? kN * kMostWideRows / kMultiplyThreads : kN * kMostResidentRows > kMultiplyThreads ? 2 : 1;
+        constexpr int kMine = kN * kRowsOfProducts / kMultiplyThreads + (kN * kRowsOfProducts % kMultiplyThreads == 0 ? 0 : 1);
         const int width = is_pairs ? kN / 2 : kN;  // units of a full group
         uint32_t addend[kMine];
         float scale[kMine], second[kMine];
@@ -239,7 +196,7 @@ __global__ void __launch_bounds__(kWideThreads, kHalf ? 2 : 1) wide_gemm(const _
             if ((stage & 1) == warpgroup) {
                 barrier_wait(full + 8 * slot, parity);
                 fence_async_proxy();
-                const uint32_t x_block = x_at + (kStreamed ? slot : stage) * block_bytes;
+                const uint32_t x_block = x_at + slot * block_bytes;
                 const uint64_t b = tile_descriptor(ring + slot * kStageBytes);
 #pragma unroll
                 for (int product = 0; product < kProducts; ++product) {
@@ -284,7 +241,7 @@ __global__ void __launch_bounds__(kWideThreads, kHalf ? 2 : 1) wide_gemm(const _
             for (int r = warp; r < p.rows; r += kMultiplyThreads / 32) {
                 float mean = 0.f;
                 for (int i = lane; i < num_segments; i += 32)
-                    mean += kStreamed ? __ldcg(wide.squares + r * num_segments + i) : squares[r * num_segments + i];
+                    mean += __ldcg(wide.squares + r * num_segments + i);
 #pragma unroll
                 for (int i = 16; i > 0; i /= 2) mean += __shfl_xor_sync(~0u, mean, i);
                 if (lane == 0) inverse_rms[r] = rsqrtf(mean * p.inverse_k + p.epsilon);
