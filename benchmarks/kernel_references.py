@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qwen_rt.benchmarks.quantized_cache import KvCache, quantize_heads
-from qwen_rt.benchmarks.quantized_matrices import Matrix, bf16_matrix, fp8_rows
+from qwen_rt.benchmarks.quantized_matrices import Matrix, bf16_matrix, fp8_rows, int8_rows
 
 __all__ = [
     "FINE_MIN_COSINE",
@@ -66,7 +66,7 @@ PREFILL_TOLERANCES = TOLERANCES | {
     "rmsnorm_gate_up_silu": (2**-5, 2**-4),
     "down_residual": (2**-7, 2**-6),
 }
-"""As `TOLERANCES`, for more than 64 rows. Some of cuBLASLt's kernels round the product to bf16 before they add the
+"""As `TOLERANCES`, for rows that go to cuBLASLt. Some of its kernels round the product to bf16 before they add the
 residual: half a unit in the last place of a product of up to six rms is 2^-9 · 6 = 2^-6.4. Gate and up are rounded too,
 so their product may be off by twice as much."""
 
@@ -105,9 +105,11 @@ def _norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * weight.double()
 
 
-def _linear(x: Tensor, weight: AnyMatrix, *, fp8: bool = False) -> Tensor:
-    """X · weightᵀ in float64, a slice of the weights at a time: [rows, out]; `fp8`: activations are rounded to e4m3."""
-    matrix, x = _matrix(weight), fp8_rows(x.double()) if fp8 else x.double()
+def _linear(x: Tensor, weight: AnyMatrix, *, fp8: bool = False, int8: bool = False) -> Tensor:
+    """X · weightᵀ in float64, a slice of the weights at a time: [rows, out]; activations as rounded to e4m3 or int8."""
+    matrix, x = _matrix(weight), x.double()
+    if fp8 or int8:
+        x = fp8_rows(x) if fp8 else int8_rows(x)
     starts = range(0, matrix.shape[0], 16384)
     return torch.cat([x @ matrix.rows(start, min(start + 16384, matrix.shape[0])).T for start in starts], dim=-1)
 
@@ -120,12 +122,13 @@ def rmsnorm_qkv(
     epsilon: float,
     *,
     fp8: bool = False,
+    int8: bool = False,
 ) -> Tensor:
-    """Return f64[rows, q_width + 2 kv_width]; `fp8` as in a prefill with fp8 matrices."""
+    """Return f64[rows, q_width + 2 kv_width]; `fp8`, `int8`: activations are rounded too, as many rows' are."""
     y = _norm(hidden, norm_weight, epsilon)
     parts = []
     for weight, bias in zip(weights, biases, strict=True):
-        part = _linear(y, weight, fp8=fp8)
+        part = _linear(y, weight, fp8=fp8, int8=int8)
         parts.append(part if bias is None else part + bias.double())
     return torch.cat(parts, dim=-1)
 
@@ -263,20 +266,28 @@ def attention_8bit(
     return out.flatten(1), torch.where(is_busy, news[0], 0.0), torch.where(is_busy, news[1], 0.0)
 
 
-def o_proj_residual(x: Tensor, weight: AnyMatrix, residual: Tensor, *, fp8: bool = False) -> Tensor:
+def o_proj_residual(x: Tensor, weight: AnyMatrix, residual: Tensor, *, fp8: bool = False, int8: bool = False) -> Tensor:
     """Return f64[rows, hidden]."""
-    return residual.double() + _linear(x, weight, fp8=fp8)
+    return residual.double() + _linear(x, weight, fp8=fp8, int8=int8)
 
 
 down_residual = o_proj_residual
 
 
 def rmsnorm_gate_up_silu(
-    hidden: Tensor, norm_weight: Tensor, gate: AnyMatrix, up: AnyMatrix, epsilon: float, *, fp8: bool = False
+    hidden: Tensor,
+    norm_weight: Tensor,
+    gate: AnyMatrix,
+    up: AnyMatrix,
+    epsilon: float,
+    *,
+    fp8: bool = False,
+    int8: bool = False,
 ) -> Tensor:
     """Return f64[rows, ffn]."""
     y = _norm(hidden, norm_weight, epsilon)
-    return torch.nn.functional.silu(_linear(y, gate, fp8=fp8)) * _linear(y, up, fp8=fp8)
+    gated = torch.nn.functional.silu(_linear(y, gate, fp8=fp8, int8=int8))
+    return gated * _linear(y, up, fp8=fp8, int8=int8)
 
 
 def lm_head(hidden: Tensor, norm_weight: Tensor, weight: AnyMatrix, epsilon: float) -> Tensor:
@@ -306,9 +317,9 @@ def problem_of(
         op: Which.
         out: Of the kernel.
         reference: float64.
-        is_prefill: Of more than 64 rows.
+        is_prefill: Of cuBLASLt: more than 64 rows, or of bf16 matrices more than 32.
         is_fine: Of matrices that the kernel rounds to bf16 first.
-        is_fp8: Of activations that are rounded to e4m3.
+        is_fp8: Of activations that are rounded to e4m3 or int8.
     """
     min_cosine, tolerances = MIN_COSINE, TOLERANCES
     if is_fp8:

@@ -115,22 +115,34 @@ class DecodeStep:
         self.num_layers = shape.layers if num_layers is None else num_layers
         s, q_width, kv_width = shape, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         scheme, std = scheme_of(precision), 0.02
-        sizes = {"q": (q_width, s.hidden), "k": (kv_width, s.hidden), "v": (kv_width, s.hidden)}
-        sizes |= {"o": (s.hidden, q_width), "gate": (s.ffn, s.hidden), "up": (s.ffn, s.hidden)}
-        sizes["down"] = (s.hidden, s.ffn)
+        # As a loader lays them out: matrices of one op behind each other.
+        together: list[tuple[dict[str, int], int]] = [
+            ({"q": q_width, "k": kv_width, "v": kv_width}, s.hidden),
+            ({"o": s.hidden}, q_width),
+            ({"gate": s.ffn, "up": s.ffn}, s.hidden),
+            ({"down": s.hidden}, s.ffn),
+        ]
         self.layers = [
-            {name: random_matrix(scheme, *size, std=std) for name, size in sizes.items()}
+            {
+                name: part
+                for units, columns in together
+                for name, part in zip(
+                    units,
+                    random_matrix(scheme, sum(units.values()), columns, std=std).split(list(units.values())),
+                    strict=True,
+                )
+            }
             for _ in range(self.num_layers)
         ]
         self.vectors = [
             {
                 "norm1": 1 + random_bf16(s.hidden, std=0.1),
                 "norm2": 1 + random_bf16(s.hidden, std=0.1),
-                "q_bias": random_bf16(q_width),
-                "k_bias": random_bf16(kv_width),
-                "v_bias": random_bf16(kv_width),
+                "q_bias": bias[:q_width],
+                "k_bias": bias[q_width : q_width + kv_width],
+                "v_bias": bias[q_width + kv_width :],
             }
-            for _ in range(self.num_layers)
+            for bias in (random_bf16(q_width + 2 * kv_width) for _ in range(self.num_layers))
         ]
         self.norm = 1 + random_bf16(s.hidden, std=0.1)
         self.table = random_bf16(s.vocab, s.hidden, std=std)

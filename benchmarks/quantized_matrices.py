@@ -5,6 +5,8 @@ The layouts are those of `qwen_rt.quantization`, in torch.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from qwen_rt.ops import WEIGHT_FORMATS
 from qwen_rt.quantization import DEFAULT_SCHEMES, Scheme
 
-__all__ = ["Matrix", "bf16_matrix", "fp8_rows", "random_matrix", "scheme_of"]
+__all__ = ["Matrix", "bf16_matrix", "fp8_rows", "int8_rows", "random_matrix", "scheme_of"]
 
 _BIAS_INT4 = 8
 _MAX_FP8 = 448.0
@@ -64,6 +66,17 @@ class Matrix:
         )
         assert weight is not None
         return Matrix(self.format, self.shape, weight, scale, zero, self.perm)
+
+    def split(self, units: Sequence[int]) -> list[Matrix]:
+        """Cut into matrices of so many rows, behind each other in the same memory."""
+        stops = list(itertools.accumulate(units))
+        found = []
+        for start, stop in zip([0, *stops[:-1]], stops, strict=True):
+            parts = (self.weight, self.scale, self.zero_point)
+            weight, scale, zero = (None if part is None else part[start:stop] for part in parts)
+            assert weight is not None
+            found.append(Matrix(self.format, (stop - start, self.shape[1]), weight, scale, zero, self.perm))
+        return found
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows in float64, columns in their original order: [stop - start, K]."""
@@ -148,3 +161,10 @@ def fp8_rows(x: Tensor) -> Tensor:
     scale = x.abs().amax(-1, keepdim=True) / _MAX_FP8
     scale = torch.where(scale > 0, scale, 1.0)
     return (x / scale).float().to(torch.float8_e4m3fn).double() * scale
+
+
+def int8_rows(x: Tensor) -> Tensor:
+    """The same in int8."""
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (x / scale).round() * scale

@@ -50,10 +50,12 @@ __all__ = [
     "BLOCK_SIZE",
     "COUNTER_BYTES",
     "DOMAIN",
+    "INT8_ROWS",
     "KV_CACHE_FORMATS",
     "MAX_ROWS",
     "OPS",
     "POLYMORPHIC",
+    "SKINNY_ROWS",
     "WEIGHT_FORMATS",
     "OpTensor",
     "PluginOp",
@@ -67,6 +69,10 @@ DOMAIN = "qwen_rt"
 MAX_ROWS = 64
 """Most sequences of one call, and most rows that the skinny matrix kernels take; more rows go to cuBLASLt."""
 
+SKINNY_ROWS = 32
+"""Most rows that go to the skinny kernels whatever the matrices; more, up to `MAX_ROWS`, go to cuBLASLt if those are
+bf16, or fp8 with a scale for each row. A row's result is bit for bit the same on either side of it, not across."""
+
 BLOCK_SIZE = 64
 """Tokens of a cache block, as the runtime allocates them."""
 
@@ -75,6 +81,10 @@ COUNTER_BYTES = 64 * 1024
 
 WEIGHT_FORMATS: Mapping[str, int] = {"bf16": 0, "fp8": 1, "int8": 2, "int4": 3}
 """Format of a matrix → value of the attribute `weight_format`."""
+
+INT8_ROWS = 4
+"""Value of `weight_format` for int8 matrices whose prefills may round activations to int8 too, a scale for each row.
+Faster by a third to a half, but a few large channels of a row leave little precision to the others."""
 
 KV_CACHE_FORMATS: Mapping[str, int] = {"bf16": 0, "fp8": 1, "int8": 2}
 """Format of a KV cache → value of the attribute `kv_format`."""

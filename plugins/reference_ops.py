@@ -10,12 +10,12 @@ at its outputs; sums stay float64. So a chain of ops shows what the kernels' rou
 |----------------------------|--------------------------------------------------------------------|--------------|
 | `embed`                    | nothing                                                            | bf16         |
 | `rmsnorm_qkv`              | hidden ∘ norm_weight, 1 / rms being applied to the sums; with more | bf16         |
-|                            | than 64 rows the whole norm                                        |              |
+|                            | than 32 rows the whole norm (int8 and int4: 64)                    |              |
 | `rope_kv_append_attention` | turned q and k; exp(score - largest) before the product with v. In | bf16         |
 |                            | a quantized cache k is not rounded before it is quantized, and     |              |
 |                            | the exponential takes the scale of v in before it is rounded       |              |
 | `o_proj_residual`          | nothing                                                            | bf16         |
-| `rmsnorm_gate_up_silu`     | as `rmsnorm_qkv`; with more than 64 rows gate and up too           | bf16         |
+| `rmsnorm_gate_up_silu`     | as `rmsnorm_qkv`; with as many rows gate and up too                | bf16         |
 | `down_residual`            | nothing                                                            | bf16         |
 | `lm_head`                  | as `rmsnorm_qkv` with few rows                                     | float32      |
 
@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from onnx.reference.op_run import OpRun
 
-from qwen_rt.ops import DOMAIN, MAX_ROWS, OPS, PluginOp, find_op
+from qwen_rt.ops import DOMAIN, OPS, SKINNY_ROWS, PluginOp, find_op
 from qwen_rt.plugins import reference
 from qwen_rt.plugins.reference_attention import rope_kv_append_attention
 from qwen_rt.plugins.reference_rounding import round_bf16, rounding
@@ -79,7 +79,7 @@ def _normed_linear(
     normed = reference.rms_norm(hidden, norm_weight, epsilon)  # [rows, hidden]
     if not bf16:
         return [reference.linear(normed, weight) for weight in weights]
-    if len(normed) > MAX_ROWS:
+    if len(normed) > SKINNY_ROWS:
         return [reference.linear(round_bf16(normed), weight) for weight in weights]
     x = np.asarray(hidden, np.float64)
     rms = np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + epsilon)  # [rows, 1]
@@ -269,7 +269,7 @@ def rmsnorm_gate_up_silu(
     parts_of = ((gate_weight, gate_scale, gate_zero_point), (up_weight, up_scale, up_zero_point))
     weights = [matrix(weight, columns, weight_format, scale, zero, perm) for weight, scale, zero in parts_of]
     gate, up = _normed_linear(hidden, norm_weight, weights, epsilon, bf16)
-    if bf16 and len(gate) > MAX_ROWS:
+    if bf16 and len(gate) > SKINNY_ROWS:
         gate, up = round_bf16(gate), round_bf16(up)
     return rounding(bf16)(reference.silu(gate) * up)
 

@@ -23,9 +23,20 @@ from qwen_rt.benchmarks import kernel_references as references  # noqa: E402
 from qwen_rt.benchmarks import kernel_step  # noqa: E402
 from qwen_rt.benchmarks.kernel_step import random_bf16  # noqa: E402
 
-from .gpu_kit import EPSILON, MODELS, NANO, check, nan_bf16, norm_weight, residual_rows  # noqa: E402
+from .gpu_kit import (  # noqa: E402
+    ALIKE,
+    ALIKE_WITH_PRODUCTS,
+    EPSILON,
+    MODELS,
+    NANO,
+    check,
+    nan_bf16,
+    norm_weight,
+    residual_rows,
+    takes_products,
+)
 
-ROWS = (1, 3, 7, 16, 19, 64)
+ROWS = (1, 3, 7, 16, 19, 32, 64)
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -41,7 +52,8 @@ def test_rmsnorm_qkv(call: OpCaller, model: str, rows: int) -> None:
         for name, weight, bias in zip("qkv", weights, biases, strict=True):
             tensors |= {f"{name}_weight": weight, f"{name}_bias": bias}
         call("rmsnorm_qkv", tensors, epsilon=EPSILON)
-        check("rmsnorm_qkv", out, references.rmsnorm_qkv(hidden, norm, weights, biases, EPSILON))
+        reference = references.rmsnorm_qkv(hidden, norm, weights, biases, EPSILON)
+        check("rmsnorm_qkv", out, reference, is_prefill=takes_products(rows, None))
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -54,9 +66,12 @@ def test_residual_matrix(call: OpCaller, op: str, model: str, rows: int) -> None
     reference = references.o_proj_residual(x, weight, residual)
     out = nan_bf16(rows, s.hidden)
     call(op, {name: x, "weight": weight, "residual": residual, "out": out})
-    check(op, out, reference)
+    check(op, out, reference, is_prefill=takes_products(rows, None))
     call(op, {name: x, "weight": weight, "residual": residual, "out": residual})
-    assert torch.equal(out, residual), "in place differs"
+    if takes_products(rows, None):
+        check(op, residual, reference, is_prefill=True)
+    else:
+        assert torch.equal(out, residual), "in place differs"
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -68,7 +83,8 @@ def test_rmsnorm_gate_up_silu(call: OpCaller, model: str, rows: int) -> None:
     out = nan_bf16(rows, s.ffn)
     tensors = {"hidden": hidden, "norm_weight": norm, "gate_weight": gate, "up_weight": up, "activation": out}
     call("rmsnorm_gate_up_silu", tensors, epsilon=EPSILON)
-    check("rmsnorm_gate_up_silu", out, references.rmsnorm_gate_up_silu(hidden, norm, gate, up, EPSILON))
+    reference = references.rmsnorm_gate_up_silu(hidden, norm, gate, up, EPSILON)
+    check("rmsnorm_gate_up_silu", out, reference, is_prefill=takes_products(rows, None))
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -242,10 +258,12 @@ def test_matrices_do_not_depend_on_batch_mates(call: OpCaller) -> None:
         call("down_residual", {"activation": activation, "weight": down, "residual": rows, "out": out})
         return out
 
-    all_rows = mlp(x)
-    for rows in (1, 5, 8, 9, 16, 17, 32, 33, 63):
-        assert torch.equal(mlp(x[:rows].contiguous()), all_rows[:rows]), f"{rows} rows"
-        assert torch.equal(mlp(x[-rows:].contiguous()), all_rows[-rows:]), f"the last {rows} rows"
+    for most, fewer in ALIKE_WITH_PRODUCTS:
+        some = x[-most:].contiguous()
+        all_rows = mlp(some)
+        for rows in fewer:
+            assert torch.equal(mlp(some[:rows].contiguous()), all_rows[:rows]), f"{rows} rows"
+            assert torch.equal(mlp(some[-rows:].contiguous()), all_rows[-rows:]), f"the last {rows} rows"
 
 
 @pytest.mark.parametrize("model", ["0.5b", "1.5b", "7b", "nano"])
@@ -257,18 +275,22 @@ def test_norm_matrices_do_not_depend_on_batch_mates(call: OpCaller, model: str) 
     weights["q_weight"] = random_bf16(s.heads * s.head_dim, s.hidden, std=0.02)
     head = random_bf16(s.vocab, s.hidden, std=0.02)
 
-    def both(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def run_qkv(rows: torch.Tensor) -> torch.Tensor:
         qkv = nan_bf16(rows.shape[0], (s.heads + 2 * s.kv_heads) * s.head_dim)
-        logits = torch.full((rows.shape[0], s.vocab), float("nan"), device="cuda")
         call("rmsnorm_qkv", {"hidden": rows, "norm_weight": norm, **weights, "qkv": qkv}, epsilon=EPSILON)
+        return qkv
+
+    def run_head(rows: torch.Tensor) -> torch.Tensor:
+        logits = torch.full((rows.shape[0], s.vocab), float("nan"), device="cuda")
         tensors = {"hidden": rows, "norm_weight": norm, "weight": head, "logits": logits}
         call("lm_head", tensors, epsilon=EPSILON)
-        return qkv, logits
+        return logits
 
-    together = both(x)
-    for rows in (1, 8, 9, 13, 16, 17, 32, 33, 63):
-        for alone, all_rows in zip(both(x[-rows:].contiguous()), together, strict=True):
-            assert torch.equal(alone, all_rows[-rows:]), f"{rows} rows"
+    for run, alike in ((run_qkv, ALIKE_WITH_PRODUCTS), (run_head, ALIKE)):
+        for most, fewer in alike:
+            together = run(x[-most:].contiguous())
+            for rows in fewer:
+                assert torch.equal(run(x[-rows:].contiguous()), together[-rows:]), f"{rows} rows"
 
 
 @pytest.mark.parametrize("precision", WEIGHT_FORMATS)

@@ -7,7 +7,17 @@ import re
 import pytest
 
 from qwen_rt.errors import MissingDependencyError, UsageError
-from qwen_rt.ops import COUNTER_BYTES, MAX_ROWS, OPS, WEIGHT_FORMATS, OpTensor, find_op, shape_of
+from qwen_rt.ops import (
+    COUNTER_BYTES,
+    INT8_ROWS,
+    MAX_ROWS,
+    OPS,
+    SKINNY_ROWS,
+    WEIGHT_FORMATS,
+    OpTensor,
+    find_op,
+    shape_of,
+)
 from qwen_rt.plugins import build, library
 
 
@@ -85,6 +95,9 @@ def test_the_c_side_has_the_same_ops_versions_and_dims() -> None:
     assert f"#define QWEN_RT_COUNTER_BYTES {COUNTER_BYTES} " in header
     launch = (build.SOURCES / "common" / "launch.cuh").read_text("utf-8")
     assert f"constexpr int kMaxRows = {MAX_ROWS};\n" in launch
+    skinny = (build.SOURCES / "common" / "skinny.cuh").read_text("utf-8")
+    assert f"constexpr int kMostSkinnyRows = {SKINNY_ROWS};\n" in skinny
+    assert f"constexpr int kInt8Rows = {INT8_ROWS};" in (build.SOURCES / "common" / "skinny.cu").read_text("utf-8")
     formats = (build.SOURCES / "common" / "skinny_format.cuh").read_text("utf-8")
     named = ", ".join(f"k{name.capitalize()} = {number}" for name, number in WEIGHT_FORMATS.items())
     assert f"enum class Format {{ {named} }};" in formats

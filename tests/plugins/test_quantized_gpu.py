@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qwen_rt.errors import QwenRtError, UnsupportedModelError
+from qwen_rt.ops import INT8_ROWS
 from qwen_rt.quantization import Scheme
 
 if TYPE_CHECKING:
@@ -22,7 +23,17 @@ from qwen_rt.benchmarks import kernel_references as references  # noqa: E402
 from qwen_rt.benchmarks.kernel_step import random_bf16  # noqa: E402
 from qwen_rt.benchmarks.quantized_matrices import Matrix, random_matrix  # noqa: E402
 
-from .gpu_kit import EPSILON, MODELS, NANO, check, nan_bf16, norm_weight, residual_rows  # noqa: E402
+from .gpu_kit import (  # noqa: E402
+    EPSILON,
+    MODELS,
+    NANO,
+    alike,
+    check,
+    nan_bf16,
+    norm_weight,
+    residual_rows,
+    takes_products,
+)
 
 SCHEMES = (
     Scheme("fp8"),
@@ -43,7 +54,7 @@ SCHEMES = (
     Scheme("int8", permuted=True),
 )
 MAIN = (Scheme("fp8"), Scheme("int8"), Scheme("int4", 128), Scheme("int4", 128, symmetric=False))
-ROWS = (1, 3, 7, 16, 19, 64)
+ROWS = (1, 3, 7, 16, 19, 32, 64)
 FEW_MODELS = ("nano", "0.5b", "1.5b", "7b")
 
 
@@ -80,28 +91,45 @@ def pair_of(model: str, scheme: Scheme) -> list[Matrix]:
     return [gate, random_matrix(scheme, s.ffn, s.hidden, perm=gate.perm)]
 
 
-def run_qkv(call: OpCaller, hidden: Any, norm: Any, matrices: list[Matrix], biases: list[Any]) -> Any:
+def run_qkv(
+    call: OpCaller,
+    hidden: Any,
+    norm: Any,
+    matrices: list[Matrix],
+    biases: list[Any],
+    weight_format: float | None = None,
+) -> Any:
     out = nan_bf16(hidden.shape[0], sum(m.shape[0] for m in matrices))
     tensors: dict[str, Any] = {"hidden": hidden, "norm_weight": norm, "qkv": out}
     for name, matrix, bias in zip("qkv", matrices, biases, strict=True):
         tensors |= matrix.tensors(f"{name}_") | {f"{name}_bias": bias}
-    call("rmsnorm_qkv", tensors, epsilon=EPSILON, weight_format=matrices[0].weight_format)
+    kind = matrices[0].weight_format if weight_format is None else weight_format
+    call("rmsnorm_qkv", tensors, epsilon=EPSILON, weight_format=kind)
     return out
 
 
-def run_pair(call: OpCaller, hidden: Any, norm: Any, matrices: list[Matrix]) -> Any:
+def run_pair(call: OpCaller, hidden: Any, norm: Any, matrices: list[Matrix], weight_format: float | None = None) -> Any:
     out = nan_bf16(hidden.shape[0], matrices[0].shape[0])
     tensors = {"hidden": hidden, "norm_weight": norm, "activation": out}
     tensors |= matrices[0].tensors("gate_") | matrices[1].tensors("up_")
-    call("rmsnorm_gate_up_silu", tensors, epsilon=EPSILON, weight_format=matrices[0].weight_format)
+    kind = matrices[0].weight_format if weight_format is None else weight_format
+    call("rmsnorm_gate_up_silu", tensors, epsilon=EPSILON, weight_format=kind)
     return out
 
 
-def run_residual(call: OpCaller, op: str, x: Any, matrix: Matrix, residual: Any, out: Any = None) -> Any:
+def run_residual(
+    call: OpCaller,
+    op: str,
+    x: Any,
+    matrix: Matrix,
+    residual: Any,
+    out: Any = None,
+    weight_format: float | None = None,
+) -> Any:
     out = nan_bf16(*residual.shape) if out is None else out
     name = "attention" if op == "o_proj_residual" else "activation"
     tensors = {name: x, "residual": residual, "out": out} | matrix.tensors()
-    call(op, tensors, weight_format=matrix.weight_format)
+    call(op, tensors, weight_format=matrix.weight_format if weight_format is None else weight_format)
     return out
 
 
@@ -121,9 +149,9 @@ def test_rmsnorm_qkv(call: OpCaller, model: str, scheme: Scheme) -> None:
     biases = [random_bf16(m.shape[0]) for m in matrices]
     for rows in ROWS:
         hidden = hidden_rows(rows, s.hidden)
-        out = run_qkv(call, hidden, norm, matrices, biases)
-        reference = references.rmsnorm_qkv(hidden, norm, matrices, biases, EPSILON)
-        check("rmsnorm_qkv", out, reference, is_fine=is_fine(scheme))
+        out, fp8 = run_qkv(call, hidden, norm, matrices, biases), takes_products(rows, scheme)
+        reference = references.rmsnorm_qkv(hidden, norm, matrices, biases, EPSILON, fp8=fp8)
+        check("rmsnorm_qkv", out, reference, is_fine=is_fine(scheme), is_fp8=fp8)
 
 
 @pytest.mark.parametrize(("model", "scheme"), [*cases(FEW_MODELS, SCHEMES), *cases(("72b", "padded-72b"), MAIN)])
@@ -136,9 +164,14 @@ def test_residual_matrix(call: OpCaller, op: str, model: str, scheme: Scheme) ->
     matrix = random_matrix(scheme, s.hidden, width)
     for rows in ROWS:
         x, residual = random_bf16(rows, width), random_bf16(rows, s.hidden)
-        out = run_residual(call, op, x, matrix, residual)
-        check(op, out, references.o_proj_residual(x, matrix, residual), is_fine=is_fine(scheme))
-        assert torch.equal(run_residual(call, op, x, matrix, residual, residual), out), "in place differs"
+        out, fp8 = run_residual(call, op, x, matrix, residual), takes_products(rows, scheme)
+        reference = references.o_proj_residual(x, matrix, residual, fp8=fp8)
+        check(op, out, reference, is_fine=is_fine(scheme), is_fp8=fp8)
+        in_place = run_residual(call, op, x, matrix, residual, residual)
+        if fp8:
+            check(op, in_place, reference, is_fp8=True)
+        else:
+            assert torch.equal(in_place, out), "in place differs"
 
 
 @pytest.mark.parametrize(("model", "scheme"), [*cases(FEW_MODELS, SCHEMES), *cases(("72b",), MAIN)])
@@ -149,10 +182,10 @@ def test_rmsnorm_gate_up_silu(call: OpCaller, model: str, scheme: Scheme) -> Non
     norm, matrices = norm_weight(s.hidden), pair_of(model, scheme)
     for rows in ROWS:
         hidden = hidden_rows(rows, s.hidden)
-        out = run_pair(call, hidden, norm, matrices)
-        reference = references.rmsnorm_gate_up_silu(hidden, norm, *matrices, EPSILON)
+        out, fp8 = run_pair(call, hidden, norm, matrices), takes_products(rows, scheme)
+        reference = references.rmsnorm_gate_up_silu(hidden, norm, *matrices, EPSILON, fp8=fp8)
         # More outputs, of so many formats, than the seven sigma of `TOLERANCES` are for: a product's tail is long.
-        check("rmsnorm_gate_up_silu", out, reference, is_fine=True)
+        check("rmsnorm_gate_up_silu", out, reference, is_fine=True, is_fp8=fp8)
 
 
 @pytest.mark.parametrize(("model", "scheme"), cases(("nano", "0.5b", "7b"), MAIN))
@@ -164,11 +197,12 @@ def test_lm_head(call: OpCaller, model: str, scheme: Scheme) -> None:
         check("lm_head", run_head(call, hidden, norm, matrix), references.lm_head(hidden, norm, matrix, EPSILON))
 
 
+@pytest.mark.parametrize(("rows", "hidden"), [(5, 768), (3, 768), (3, 2304)])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_widths_that_are_no_multiple_of_a_tile(call: OpCaller, scheme: Scheme) -> None:
+def test_widths_that_are_no_multiple_of_a_tile(call: OpCaller, scheme: Scheme, rows: int, hidden: int) -> None:
     """Some blocks have a unit or none, tiles are cut off, and q, k and v meet within a tile."""
-    hidden, widths = 768, (131, 13, 13)
-    x, norm = hidden_rows(5, hidden), norm_weight(hidden)
+    widths = (131, 13, 13)
+    x, norm = hidden_rows(rows, hidden), norm_weight(hidden)
     q = random_matrix(scheme, widths[0], hidden)
     matrices = [q, *(random_matrix(scheme, width, hidden, perm=q.perm) for width in widths[1:])]
     out = run_qkv(call, x, norm, matrices, [None, random_bf16(13), None])
@@ -180,8 +214,8 @@ def test_widths_that_are_no_multiple_of_a_tile(call: OpCaller, scheme: Scheme) -
     )
     assert out.isfinite().all()
     for units in (1, 7, 133, 2113):
-        matrix, residual = random_matrix(scheme, units, hidden), random_bf16(5, units)
-        y = random_bf16(5, hidden)
+        matrix, residual = random_matrix(scheme, units, hidden), random_bf16(rows, units)
+        y = random_bf16(rows, hidden)
         check(
             "down_residual",
             run_residual(call, "down_residual", y, matrix, residual),
@@ -219,6 +253,22 @@ def test_activations_of_any_size(call: OpCaller, scheme: Scheme, size: float) ->
         check("down_residual", out[row], reference[row])
 
 
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+@pytest.mark.parametrize("scheme", MAIN, ids=str)
+def test_what_is_not_finite_stays_in_its_row(call: OpCaller, scheme: Scheme, number: float) -> None:
+    s = MODELS["1.5b"]
+    matrices = pair_of("1.5b", scheme)
+    x, norm = hidden_rows(9, s.hidden), norm_weight(s.hidden)
+    for rows in (3, 9):
+        good = run_pair(call, x[:rows], norm, matrices)
+        spoilt = x[:rows].clone()
+        spoilt[1, 77] = number
+        out = run_pair(call, spoilt, norm, matrices)
+        assert out[1].isnan().all()
+        out[1] = good[1]
+        assert torch.equal(out, good)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("model", ["nano", "1.5b", "7b"])
 def test_rows_do_not_depend_on_batch_mates(call: OpCaller, model: str, scheme: Scheme) -> None:
@@ -232,11 +282,13 @@ def test_rows_do_not_depend_on_batch_mates(call: OpCaller, model: str, scheme: S
         activation = run_pair(call, rows, norm, pair)
         return run_qkv(call, rows, norm, qkv, [None] * 3), run_residual(call, "down_residual", activation, down, rows)
 
-    together = layer(x)
-    for rows in (1, 5, 8, 9, 16, 17, 32, 33, 63):
-        for part in (slice(0, rows), slice(64 - rows, 64)):
-            for got, want in zip(layer(x[part].contiguous()), together, strict=True):
-                assert torch.equal(got, want[part]), f"rows {part}"
+    for most, fewer in alike(scheme):
+        some = x[-most:].contiguous()
+        together = layer(some)
+        for rows in fewer:
+            for part in (slice(0, rows), slice(most - rows, most)):
+                for got, want in zip(layer(some[part].contiguous()), together, strict=True):
+                    assert torch.equal(got, want[part]), f"rows {part}"
 
 
 @pytest.mark.parametrize("scheme", [Scheme("fp8"), Scheme("int8"), Scheme("fp8", 128)], ids=str)
@@ -294,7 +346,29 @@ def test_the_last_projection_takes_the_chosen_rows(call: OpCaller, scheme: Schem
     call("select_o_proj_residual", tensors, weight_format=matrix.weight_format)
     alone = run_residual(call, "o_proj_residual", x[indices], matrix, residual[indices])
     check("o_proj_residual", out, references.o_proj_residual(x[indices], matrix, residual[indices]))
-    assert torch.equal(out, alone)
+    assert torch.equal(out, alone) or takes_products(sequences, scheme)
+
+
+@pytest.mark.parametrize("rows", [65, 999, 3000])
+@pytest.mark.parametrize("model", ["nano", "1.5b", "7b"])
+def test_prefill_that_rounds_activations_to_int8(call: OpCaller, model: str, rows: int) -> None:
+    s = MODELS[model]
+    x, norm, scheme = hidden_rows(rows, s.hidden), norm_weight(s.hidden), Scheme("int8")
+    qkv, pair, down = qkv_of(model, scheme), pair_of(model, scheme), random_matrix(scheme, s.hidden, s.ffn)
+    biases, y = [random_bf16(m.shape[0]) for m in qkv], random_bf16(rows, s.ffn)
+
+    out = run_qkv(call, x, norm, qkv, biases, INT8_ROWS)
+    check("rmsnorm_qkv", out, references.rmsnorm_qkv(x, norm, qkv, biases, EPSILON, int8=True), is_fp8=True)
+    reference = references.rmsnorm_gate_up_silu(x, norm, *pair, EPSILON, int8=True)
+    check("rmsnorm_gate_up_silu", run_pair(call, x, norm, pair, INT8_ROWS), reference, is_fp8=True)
+    added = run_residual(call, "down_residual", y, down, x, weight_format=INT8_ROWS)
+    reference = references.o_proj_residual(y, down, x, int8=True)
+    for part in torch.tensor_split(torch.arange(rows), 8):
+        check("down_residual", added[part], reference[part], is_fp8=True)
+    x[3, 4] = float("nan")
+    spoilt = run_qkv(call, x, norm, qkv, biases, INT8_ROWS)
+    assert spoilt[3].isnan().all()
+    assert torch.equal(spoilt[4:], out[4:])
 
 
 # ---- refusals ----
@@ -315,7 +389,7 @@ def test_what_is_not_whole_or_not_supported_is_refused(call: OpCaller) -> None:
         weight_format = changes.pop("weight_format", good.weight_format)
         return lambda: call("down_residual", tensors | changes, weight_format=weight_format)
 
-    refused(down(weight_format=4), "weight_format=4; expected 0 .bf16., 1 .fp8., 2 .int8. or 3 .int4.")
+    refused(down(weight_format=5), "weight_format=5; expected 0 .bf16., 1 .fp8., 2 .int8., 3 .int4. or 4")
     refused(down(weight_format=0.5), "weight_format=0.5")
     refused(down(weight_format=0), "scales, zero points or a column order of bf16 matrices; expected none")
     refused(down(weight_format=1), "1 of 1 matrices have zero points; expected none of fp8")

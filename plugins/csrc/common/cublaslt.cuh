@@ -1,4 +1,4 @@
-// Matrix products of many rows (a prefill), by cuBLASLt of the process or of the loader's path.
+// Matrix products of many rows (a prefill, or a large batch), by cuBLASLt of the process or of the loader's path.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,14 @@
 
 namespace qwen_rt {
 
-// out[n, m] = sum_k x[n, k] · weight[m, k] · x_scale[n] · weight_scale[m] + bias[m] + residual[n, m]; out, bias and residual
-// are bf16, rows `stride` elements apart; x and weight are bf16, or, with scales, e4m3.
+enum class MatmulType {
+    kBf16,  // x and weight are bf16; out, bias and residual too
+    kFp8,   // x and weight are e4m3 with scales; out, bias and residual bf16
+    kInt8,  // x and weight are i8, out i32; no bias, residual or scales
+};
+
+// out[n, m] = sum_k x[n, k] · weight[m, k] · x_scale[n] · weight_scale[m] + bias[m] + residual[n, m]; rows of out and residual
+// are `stride` elements apart.
 struct Matmul {
     const void* x;         // [rows, k], dense
     const void* weight;    // [units, k], dense, row-major as in the checkpoint
@@ -17,16 +23,17 @@ struct Matmul {
     void* out;             // [rows, units]
     int64_t rows, units, k;
     int64_t stride;  // of out and residual
-    const float* weight_scale = nullptr;  // [units]; both or neither
-    const float* x_scale = nullptr;       // [rows]
+    MatmulType type = MatmulType::kBf16;
+    const float* weight_scale = nullptr;  // [units] of e4m3
+    const float* x_scale = nullptr;       // [rows] of e4m3
 };
 
 constexpr int64_t kMatmulWorkspaceBytes = 32 << 20;  // what NVIDIA recommends for SM 9.0; others use less of it
 
 // Enqueues the product. f32 accumulators; bias and residual are added in f32 before the one rounding to bf16. Which kernel
-// runs, and so the order of a sum, follows from the shape alone: the same call gives the same bits every time, another
-// number of rows may not. Never synchronises; a shape that was seen before costs no search. `workspace` has
-// kMatmulWorkspaceBytes and is aligned to 256 bytes.
+// runs, and so the order of a sum, follows from the shape alone, and up to kMaxRows rows it is the one for kMaxRows: the same
+// call gives the same bits every time, and so does a row among others there; another number of rows beyond may not. Never
+// synchronises; a shape that was seen before costs no search. `workspace` has kMatmulWorkspaceBytes and is aligned to 256 bytes.
 int32_t matmul(const QwenRtCall& call, const Matmul& product, void* workspace);
 
 // Whether cuBLASLt has a kernel for the product: of e4m3 with such scales only new versions have, and for few GPUs.

@@ -46,6 +46,32 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
     return v;
 }
 
+__device__ __forceinline__ float load_shared_float(uint32_t address) {
+    float v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address));
+    return v;
+}
+
+__device__ __forceinline__ void store_shared_word(uint32_t address, uint32_t v) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+
+__device__ __forceinline__ float2 load_shared_pair(uint32_t address) {
+    float2 v;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
+    return v;
+}
+
+__device__ __forceinline__ const unsigned char* load_shared_pointer(uint32_t address) {
+    const unsigned char* pointer;
+    asm volatile("ld.shared.u64 %0, [%1];" : "=l"(pointer) : "r"(address));
+    return pointer;
+}
+
+__device__ __forceinline__ void store_shared_pair(uint32_t address, uint32_t a, uint32_t b) {
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
+}
+
 __device__ __forceinline__ void store_shared(uint32_t address, uint4 v) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
@@ -85,6 +111,15 @@ __device__ __forceinline__ void copy16_or_zero_async(uint32_t destination, const
                  : "memory");
 }
 
+// 16 bytes that are read once and never written, if `wanted`; else `v` stays.
+__device__ __forceinline__ void load_once_if(bool wanted, uint4& v, const void* source, uint64_t policy) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"
+        "@p ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;\n}\n"
+        : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+        : "l"(source), "l"(policy), "r"(static_cast<int>(wanted)));
+}
+
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int kPending>
@@ -95,6 +130,14 @@ __device__ __forceinline__ void wait_copies() {
 // Activations of the grid before: read through L2, because another kernel on this SM may have left old lines in L1.
 __device__ __forceinline__ uint4 load_activation(const void* pointer) {
     return __ldcg(static_cast<const uint4*>(pointer));
+}
+
+// A barrier of the `kThreads` threads, whole warps, of set `set` of `kSets`; not that of __syncthreads.
+template <int kSets, int kThreads>
+__device__ __forceinline__ void sync_set(int set) {
+#pragma unroll
+    for (int i = 0; i < kSets; ++i)
+        if (set == i) asm volatile("bar.sync %0, %1;" ::"r"(1 + i), "n"(kThreads) : "memory");
 }
 
 // ---------------------------------------------------------------- matrix products

@@ -3,6 +3,8 @@
 // Permuted columns: the stored column k of a matrix belongs to x[perm[k]]. A kernel of one block a row first brings x, and
 // the norm's weights, into the stored order: out[r, k] = x[r, perm[k]], two bytes per thread and turn. The sum of squares
 // does not change by that but for the order of its terms.
+#include <cstdlib>
+
 #include "skinny.cuh"
 
 namespace qwen_rt {
@@ -31,6 +33,7 @@ constexpr int kTriggerChunks = 3;
 // A block that reads no more than this leaves half of the SM to the next kernel's block; a larger one takes all, because
 // two blocks of one kernel on an SM, which the hardware places where it finds room, end late.
 constexpr int64_t kSmallBlockBytes = 224 * 1024;
+constexpr int kInt8Rows = 4;  // INT8_ROWS of core/ops.py
 constexpr int kSmallestGroup = 16, kLargestGroup = 256;
 constexpr int kStep = 64;           // what k must divide by
 constexpr int kMostGroupedRows = 32;  // rows of one launch where x takes too much room: more go in two
@@ -45,11 +48,13 @@ int log2_of(int value) {
 
 int32_t read_matrices(const QwenRtCall& call, const MatrixTensors& where, int64_t k, int64_t groups, double weight_format,
                       Matrices* found) {
-    if (!(weight_format >= 0 && weight_format <= 3 && weight_format == static_cast<int>(weight_format)))
-        return refuse(call, QWEN_RT_INVALID, "weight_format=%g; expected 0 (bf16), 1 (fp8), 2 (int8) or 3 (int4)", weight_format);
+    if (!(weight_format >= 0 && weight_format <= kInt8Rows && weight_format == static_cast<int>(weight_format)))
+        return refuse(call, QWEN_RT_INVALID,
+                      "weight_format=%g; expected 0 (bf16), 1 (fp8), 2 (int8), 3 (int4) or 4 (int8, activations too)", weight_format);
     Matrices& m = *found;
     m = {};
-    m.format = static_cast<Format>(static_cast<int>(weight_format));
+    m.rounds_rows = weight_format == kInt8Rows;
+    m.format = m.rounds_rows ? Format::kInt8 : static_cast<Format>(static_cast<int>(weight_format));
     m.count = where.count;
     m.groups = groups;
     m.perm = where.perm < 0 ? nullptr : static_cast<const int32_t*>(call.tensors[where.perm]);
@@ -83,8 +88,18 @@ int32_t read_matrices(const QwenRtCall& call, const MatrixTensors& where, int64_
     return QWEN_RT_OK;
 }
 
+bool is_batch_invariant() {
+    static const bool is_set = [] {
+        const char* value = std::getenv("QWEN_RT_BATCH_INVARIANT");
+        return value != nullptr && value[0] == '1';
+    }();
+    return is_set;
+}
+
 int64_t workspace_skinny(int64_t rows, int64_t k, int64_t groups) {
-    return groups == 0 ? 0 : QWEN_RT_COUNTER_BYTES + (rows + 1) * k * 2;
+    if (groups == 0) return 0;
+    const int64_t permuted = (rows + 1) * k * 2, wide = workspace_wide(rows, k);
+    return QWEN_RT_COUNTER_BYTES + (permuted > wide ? permuted : wide);
 }
 
 void* skinny_scratch(const QwenRtCall& call, int64_t needed) {
@@ -109,7 +124,7 @@ int32_t launch_skinny(const QwenRtCall& call, const Matrices& matrices, SkinnyPa
                                           reinterpret_cast<const unsigned short*>(p.norm_weight), matrices.perm, reordered, p.rows, p.k))
             return status;
         p.x = static_cast<const bf16*>(scratch);
-        p.has_fresh_norm = p.norm_weight != nullptr;
+        p.is_permuted = true, p.has_fresh_norm = p.norm_weight != nullptr;
         if (p.has_fresh_norm) p.norm_weight = p.x + static_cast<int64_t>(p.rows) * p.k;
     }
     for (int i = 0; i < matrices.count; ++i)
@@ -133,14 +148,24 @@ int32_t launch_skinny(const QwenRtCall& call, const Matrices& matrices, SkinnyPa
     constexpr decltype(&launch_skinny_bf16) kLaunch[] = {launch_skinny_bf16, launch_skinny_fp8, launch_skinny_int8, launch_skinny_int4};
     const auto launch_format = kLaunch[static_cast<int>(matrices.format)];
     const bool is_whole = matrices.scaling == Scaling::kNone || matrices.scaling == Scaling::kRow;
-    const int all = p.rows, most = is_whole ? kMaxRows : kMostGroupedRows;
+#ifdef QWEN_RT_TUNE
+    const bool may_be_wide = call.flags >> 8 == 0;
+#else
+    constexpr bool may_be_wide = true;
+#endif
+    SkinnyParams least = p;
+    least.rows = p.rows < kMostWideRows ? p.rows : kMostWideRows;
+    const bool wide = may_be_wide && is_wide(device, matrices, least, scratch);
+    const int all = p.rows, most = wide ? kMostWideRows : is_whole ? kMaxRows : kMostGroupedRows;
     for (int first = 0; first < all; first += most) {
         SkinnyParams part = p;
         part.rows = all - first < most ? all - first : most;
         part.x += static_cast<int64_t>(first) * p.k;
         if (p.residual != nullptr) part.residual += static_cast<int64_t>(first) * p.units;
         part.out = static_cast<char*>(p.out) + static_cast<int64_t>(first) * p.units * (p.epilogue == Epilogue::kLogits ? 4 : 2);
-        if (const int32_t status = launch_format(call, device, grid, part, matrices.scaling)) return status;
+        const int32_t status = wide ? launch_wide(call, device, matrices, grid, part, scratch)
+                                    : launch_format(call, device, grid, part, matrices.scaling);
+        if (status) return status;
     }
     return QWEN_RT_OK;
 }

@@ -15,6 +15,7 @@ struct MatrixTensors {
 // What a call says of its matrices; all are alike.
 struct Matrices {
     Format format;
+    bool rounds_rows;  // whether a prefill on int8 may round activations to int8 too, a scale for each row
     Scaling scaling;
     const int32_t* perm;  // null: columns are in order
     int count;
@@ -22,6 +23,10 @@ struct Matrices {
     int64_t groups;
     int group_size;  // k where a row has one scale
 };
+
+// Most rows that go to the skinny kernels whatever their matrices. More go to cuBLASLt if those are bf16, or e4m3 with scales
+// of rows: then that is faster (docs/performance-gpu-kernels.md).
+constexpr int kMostSkinnyRows = 32;
 
 // Reads and checks them: `k` columns, `groups` as in dims, `weight_format` as in attributes.
 int32_t read_matrices(const QwenRtCall& call, const MatrixTensors& where, int64_t k, int64_t groups, double weight_format,
@@ -49,5 +54,21 @@ int32_t launch_skinny_bf16(const QwenRtCall& call, const Device& device, const S
 int32_t launch_skinny_fp8(const QwenRtCall& call, const Device& device, const SkinnyGrid& grid, const SkinnyParams& p, Scaling scaling);
 int32_t launch_skinny_int8(const QwenRtCall& call, const Device& device, const SkinnyGrid& grid, const SkinnyParams& p, Scaling scaling);
 int32_t launch_skinny_int4(const QwenRtCall& call, const Device& device, const SkinnyGrid& grid, const SkinnyParams& p, Scaling scaling);
+
+// Whether rows of 8-bit matrices must have the same bits among 1 and 2 rows as among more: QWEN_RT_BATCH_INVARIANT=1. Then one
+// and two rows go the way of more, which is slower.
+bool is_batch_invariant();
+
+// Hopper's kernel for one or two rows of matrices of 8 bits with a scale for each row (skinny_8bit_few.cuh).
+constexpr int kFewByteRows = 2;
+inline bool is_few_bytes(const Device& device, int rows) { return device.sm == 90 && rows <= kFewByteRows && !is_batch_invariant(); }
+
+// Hopper's kernel for more rows of matrices of 8 bits with a scale for each row (wide_gemm.cuh), up to so many rows.
+constexpr int kMostWideRows = 32;
+bool is_wide(const Device& device, const Matrices& matrices, const SkinnyParams& p, const void* scratch);
+int32_t launch_wide(const QwenRtCall& call, const Device& device, const Matrices& matrices, const SkinnyGrid& grid, const SkinnyParams& p,
+                    void* scratch);
+// Bytes of its scratch.
+int64_t workspace_wide(int64_t rows, int64_t k);
 
 }  // namespace qwen_rt

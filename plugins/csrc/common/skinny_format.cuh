@@ -74,6 +74,10 @@ __device__ __forceinline__ uint32_t larger_pairs(uint32_t a, uint32_t b) {
     return *reinterpret_cast<const uint32_t*>(&v);
 }
 
+constexpr uint32_t kNotFinite = 255;  // exponent of infinity and NaN
+constexpr uint32_t kNan = 0x7fffffffu;
+constexpr uint32_t kLeastExponent = 15;
+
 // A row's activations of one unit as this lane takes part in their product: 16 or 32 numbers, and the unit's factor.
 template <Format kFormat>
 struct UnitX;
@@ -91,11 +95,26 @@ __device__ __forceinline__ uint32_t largest_exponent(const uint4 (&x)[kVectors])
     largest = larger_pairs(largest, __shfl_xor_sync(~0u, largest, 1));
     largest = larger_pairs(largest, __shfl_xor_sync(~0u, largest, 2));
     const uint32_t low = largest >> 7 & 0xffu, high = largest >> 23 & 0xffu;
-    return max(15u, max(low, high));
+    return max(kLeastExponent, max(low, high));
 }
 
-constexpr uint32_t kNotFinite = 255;  // exponent of infinity and NaN
-constexpr uint32_t kNan = 0x7fffffffu;
+// x of a unit as f16, by the unit's largest exponent: what x is multiplied by (as bf16, exact), and what sums are.
+__device__ __forceinline__ uint32_t half_scale(uint32_t exponent) { return (268u - exponent) << 7; }  // 2^(14 + 127 - exponent)
+__device__ __forceinline__ float half_factor(uint32_t exponent) {
+    return exponent == kNotFinite ? __uint_as_float(kNan) : __uint_as_float((exponent - 14u) << 23);
+}
+__device__ __forceinline__ uint4 halves_of_eight(uint4 x, uint32_t scale) {
+    const uint4 scaled = multiply_pairs(x, scale | scale << 16);
+    const uint32_t words[4] = {scaled.x, scaled.y, scaled.z, scaled.w};
+    uint32_t halves[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 f = unpack(words[i]);
+        const __half2 h = __floats2half2_rn(f.x, f.y);
+        halves[i] = *reinterpret_cast<const uint32_t*>(&h);
+    }
+    return make_uint4(halves[0], halves[1], halves[2], halves[3]);
+}
 
 template <>
 struct UnitX<Format::kFp8> {
@@ -104,20 +123,47 @@ struct UnitX<Format::kFp8> {
 
     __device__ __forceinline__ explicit UnitX(const uint4 (&x)[2]) {
         const uint32_t exponent = largest_exponent(x);
-        const uint32_t scale = (268u - exponent) << 7;  // 2^(14 + 127 - exponent) as bf16
-        factor = __uint_as_float((exponent - 14u) << 23);
+        factor = half_factor(exponent);
 #pragma unroll
         for (int v = 0; v < 2; ++v) {
-            const uint32_t words[4] = {x[v].x, x[v].y, x[v].z, x[v].w};
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float2 f = unpack(multiply_pairs(words[i], scale | scale << 16));
-                const __half2 h = __floats2half2_rn(f.x, f.y);
-                pairs[v * 4 + i] = *reinterpret_cast<const uint32_t*>(&h);
-            }
+            const uint4 halves = halves_of_eight(x[v], half_scale(exponent));
+            pairs[v * 4] = halves.x, pairs[v * 4 + 1] = halves.y, pairs[v * 4 + 2] = halves.z, pairs[v * 4 + 3] = halves.w;
         }
     }
 };
+
+// x of a unit as integers, by the unit's largest exponent: what x is multiplied by, and what sums are.
+constexpr float kIntegerRoom = 127.f / 128.f;  // so that rounding up of a high byte stays in a byte
+__device__ __forceinline__ float integer_scale(uint32_t exponent) { return __uint_as_float((268u - exponent) << 23) * kIntegerRoom; }
+__device__ __forceinline__ float integer_factor(uint32_t exponent) {
+    return exponent == kNotFinite ? __uint_as_float(kNan) : __uint_as_float((exponent - 14u) << 23) * (1.f / kIntegerRoom);
+}
+
+// Eight integers in two bytes each, four to a word: in order, or the even ones and the odd ones.
+template <bool kAlternate>
+__device__ __forceinline__ void bytes_of_eight(uint4 x, float scale, uint32_t* high, uint32_t* low) {
+    constexpr float kMagic = 12582912.f + 128.f;  // 1.5 · 2^23: the low bits of the sum are the integer, plus 128
+    const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+    uint32_t integers[8];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 f = unpack(words[i]);
+        integers[2 * i] = __float_as_uint(fmaf(f.x, scale, kMagic));
+        integers[2 * i + 1] = __float_as_uint(fmaf(f.y, scale, kMagic));
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t* from = integers + (kAlternate ? i : 4 * i);
+        constexpr int kStep = kAlternate ? 2 : 1;
+        // Low and high bytes of two integers each.
+        const uint32_t first = __byte_perm(from[0], from[kStep], 0x5140), second = __byte_perm(from[2 * kStep], from[3 * kStep], 0x5140);
+        low[i] = __byte_perm(first, second, 0x5410) ^ 0x80808080u;
+        high[i] = __byte_perm(first, second, 0x7632);
+    }
+}
+
+// `sum` and the four signed bytes of a word.
+__device__ __forceinline__ int byte_sum(uint32_t word, int sum) { return __dp4a(static_cast<int>(word), 0x01010101, sum); }
 
 // Integers in two bytes, four to a word. kFormat int8: in order; int4: a word has the even or the odd ones of eight.
 template <Format kFormat>
@@ -129,32 +175,11 @@ struct UnitBytes {
 
     __device__ __forceinline__ explicit UnitBytes(const uint4 (&x)[kWords / 2]) {
         const uint32_t exponent = largest_exponent(x);
-        constexpr float kRoom = 127.f / 128.f;            // so that rounding up of `high` stays in a byte
-        constexpr float kMagic = 12582912.f + 128.f;      // 1.5 · 2^23: the low bits of the sum are the integer, plus 128
-        const float scale = __uint_as_float((268u - exponent) << 23) * kRoom;
-        factor = exponent == kNotFinite ? __uint_as_float(kNan) : __uint_as_float((exponent - 14u) << 23) * (1.f / kRoom);
+        factor = integer_factor(exponent);
         sum = 0;
 #pragma unroll
-        for (int v = 0; v < kWords / 2; ++v) {
-            const uint32_t words[4] = {x[v].x, x[v].y, x[v].z, x[v].w};
-            uint32_t integers[8];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float2 f = unpack(words[i]);
-                integers[2 * i] = __float_as_uint(fmaf(f.x, scale, kMagic));
-                integers[2 * i + 1] = __float_as_uint(fmaf(f.y, scale, kMagic));
-            }
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                constexpr bool kInt4 = kFormat == Format::kInt4;
-                const uint32_t* from = integers + (kInt4 ? i : 4 * i);
-                constexpr int kStep = kInt4 ? 2 : 1;
-                // Low and high bytes of two integers each.
-                const uint32_t first = __byte_perm(from[0], from[kStep], 0x5140), second = __byte_perm(from[2 * kStep], from[3 * kStep], 0x5140);
-                low[2 * v + i] = __byte_perm(first, second, 0x5410) ^ 0x80808080u;
-                high[2 * v + i] = __byte_perm(first, second, 0x7632);
-            }
-        }
+        for (int v = 0; v < kWords / 2; ++v)
+            bytes_of_eight<kFormat == Format::kInt4>(x[v], integer_scale(exponent), high + 2 * v, low + 2 * v);
     }
 
     // Works `sum` out, over the four lanes of the row.
@@ -162,8 +187,8 @@ struct UnitBytes {
         int of_high = 0, of_low = 0;
 #pragma unroll
         for (int i = 0; i < kWords; ++i) {
-            of_high = __dp4a(static_cast<int>(high[i]), 0x01010101, of_high);
-            of_low = __dp4a(static_cast<int>(low[i]), 0x01010101, of_low);
+            of_high = byte_sum(high[i], of_high);
+            of_low = byte_sum(low[i], of_low);
         }
         sum = of_high * 256 + of_low;
         sum += __shfl_xor_sync(~0u, sum, 1);

@@ -1,6 +1,7 @@
 // The engine of all decode matrices: y[n, m] = sum_k x[n, k] · w[m, k] for few rows n, at the speed of reading w once.
 //
-// Weights w are [m, k] row-major as stored, bf16 or quantized; nothing is repacked. Formats: skinny_format.cuh.
+// Weights w are [m, k] row-major as stored, bf16 or quantized; nothing is repacked. Formats: skinny_format.cuh. int4 of up to
+// 4 rows with groups of 128 has kernels of its own, skinny_int4_few.cuh, with the same bits.
 //
 // Numerics: exact products of stored numbers with 16-bit x (skinny_format.cuh), f32 accumulators. Each of the 8 warps sums
 //   its slice (128 bytes of a row, 64 of int4) of every chunk of eight in ascending order, then the 8 sums are added in warp
@@ -279,8 +280,10 @@ __global__ void __launch_bounds__(kSkinnyThreads, leaves_half<kFormat, kScaling,
             if (group == 0) {
 #pragma unroll
                 for (int n = 0; n < kNTiles; ++n) {
-                    square_sum[n] += __shfl_xor_sync(~0u, square_sum[n], 1);
-                    square_sum[n] += __shfl_xor_sync(~0u, square_sum[n], 2);
+                    if constexpr (kFormat != Format::kInt4) {
+                        square_sum[n] += __shfl_xor_sync(~0u, square_sum[n], 1);
+                        square_sum[n] += __shfl_xor_sync(~0u, square_sum[n], 2);
+                    }
                     if (t == 0) squares[warp * kNTiles * 8 + n * 8 + g] = square_sum[n];
                 }
             }

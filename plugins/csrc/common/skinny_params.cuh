@@ -35,6 +35,7 @@ struct SkinnyParams {
     int table_groups;    // groups of tiles whose rows are known: as far as the loader may be ahead
     int scale_buffers;   // 2 where scales of the next group of tiles come while those of this one are used
     bool has_fresh_norm;  // norm_weight was written by the kernel before this one
+    bool is_permuted;     // x was
 };
 
 constexpr int kWarps = 8;

@@ -21,8 +21,14 @@ __device__ __forceinline__ void load_x(const Turn& turn, int n, int unit, float&
         x[v] = load_shared(turn.x + n * 8 * Slice::kXBytes + Slice::x_at(turn.g, turn.t, unit, v));
     if constexpr (kNorm) {
         if (turn.is_first) {
+            if constexpr (Slice::kBits == 4) {  // a unit's squares as skinny_int4_few.cuh adds them, all four lanes of a row at once
+                float of_unit = (add_squares(0.f, x[0]) + add_squares(0.f, x[1])) + (add_squares(0.f, x[2]) + add_squares(0.f, x[3]));
+                of_unit += __shfl_xor_sync(~0u, of_unit, 1);
+                square_sum += of_unit + __shfl_xor_sync(~0u, of_unit, 2);
+            } else {
 #pragma unroll
-            for (int v = 0; v < Slice::kXVectors; ++v) square_sum = add_squares(square_sum, x[v]);
+                for (int v = 0; v < Slice::kXVectors; ++v) square_sum = add_squares(square_sum, x[v]);
+            }
         }
         const uint32_t at = turn.norm + (turn.first_k + (turn.t + 4 * unit) * Slice::kLaneK) * 2;
 #pragma unroll

@@ -32,6 +32,17 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// Arrives once all copy16_async of this thread so far are complete; counts as one of the barrier's arrivals.
+__device__ __forceinline__ void barrier_arrive_behind_copies(uint32_t barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// A barrier of the first kThreads threads of a block.
+template <int kThreads>
+__device__ __forceinline__ void meet() {
+    asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+}
+
 // Waits until the phase of this parity is complete.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
     asm volatile(
@@ -60,6 +71,13 @@ __device__ __forceinline__ void copy_box(uint32_t destination, const CUtensorMap
         : "memory");
 }
 
+// Copies `bytes` contiguous ones, a multiple of 16, and counts them on the barrier.
+__device__ __forceinline__ void copy_bulk(uint32_t destination, const void* source, int bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination),
+                 "l"(source), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
 // ---------------------------------------------------------------- wgmma
 
 // Descriptor of a tile in shared memory whose 128-byte rows are swizzled over 8 rows. `leading`: bytes between 64-column
@@ -81,6 +99,11 @@ template <int kCount>
 __device__ __forceinline__ void pin(float (&d)[kCount]) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+template <int kCount>
+__device__ __forceinline__ void pin(uint32_t (&d)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(d[i])::"memory");
 }
 
 #define QWEN_RT_R8(i) "%" #i "0,%" #i "1,%" #i "2,%" #i "3,%" #i "4,%" #i "5,%" #i "6,%" #i "7,%" #i "8,%" #i "9,"
@@ -145,6 +168,57 @@ __device__ __forceinline__ void wgmma_registers(float (&d)[32], const uint32_t (
 #undef QWEN_RT_F16
 #undef QWEN_RT_D64
 #undef QWEN_RT_D32
+
+// ---------------------------------------------------------------- wgmma of bytes
+
+// d[64, N] (+)= a[64, 32] · b[N, 32]ᵀ, N = 2 kCount: e4m3 with f32 sums (their bits), or int8 with int32 sums. A lane holds of
+// a rows g and g + 8 of its warp's 16: 4 columns from 4t on (a0, a1) and from 16 + 4t on (a2, a3). b lies in shared memory, k
+// contiguous. Without kAdd d is overwritten.
+template <bool kFloat, bool kAdd, int kCount>
+__device__ __forceinline__ void wgmma_bytes(uint32_t (&d)[kCount], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b) {
+    static_assert(kCount == 8 || kCount == 16 || kCount == 24 || kCount == 32 || kCount == 48 || kCount == 64 || kCount == 96,
+                  "16, 32, 48, 64, 96, 128 or 192 rows of b");
+#define QWEN_RT_OUT8(i) \
+    "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), "+r"(d[i + 6]), "+r"(d[i + 7])
+#define QWEN_RT_OUT32(i) QWEN_RT_OUT8(i), QWEN_RT_OUT8(i + 8), QWEN_RT_OUT8(i + 16), QWEN_RT_OUT8(i + 24)
+#define QWEN_RT_TEN(i) "%" #i "0,%" #i "1,%" #i "2,%" #i "3,%" #i "4,%" #i "5,%" #i "6,%" #i "7,%" #i "8,%" #i "9,"
+#define QWEN_RT_FIRST "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,"
+#define QWEN_RT_BYTES(n, registers, a, b_at, add_at, types, scales, ...)                                                             \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " add_at ", 0;\nwgmma.mma_async.sync.aligned.m64n" n "k32." types " {" registers \
+                 "}, {" a "}, " b_at ", p" scales ";\n}\n"                                                                           \
+                 : __VA_ARGS__                                                                                                       \
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "n"(kAdd ? 1 : 0))
+#define QWEN_RT_BYTES_EITHER(n, registers, a, b_at, add_at, ...)                              \
+    if constexpr (kFloat)                                                                     \
+        QWEN_RT_BYTES(n, registers, a, b_at, add_at, "f32.e4m3.e4m3", ", 1, 1", __VA_ARGS__); \
+    else                                                                                      \
+        QWEN_RT_BYTES(n, registers, a, b_at, add_at, "s32.s8.s8", "", __VA_ARGS__)
+    if constexpr (kCount == 8)
+        QWEN_RT_BYTES_EITHER("16", "%0,%1,%2,%3,%4,%5,%6,%7", "%8,%9,%10,%11", "%12", "%13", QWEN_RT_OUT8(0));
+    else if constexpr (kCount == 16)
+        QWEN_RT_BYTES_EITHER("32", QWEN_RT_FIRST "%10,%11,%12,%13,%14,%15", "%16,%17,%18,%19", "%20", "%21", QWEN_RT_OUT8(0), QWEN_RT_OUT8(8));
+    else if constexpr (kCount == 24)
+        QWEN_RT_BYTES_EITHER("48", QWEN_RT_FIRST QWEN_RT_TEN(1) "%20,%21,%22,%23", "%24,%25,%26,%27", "%28", "%29", QWEN_RT_OUT8(0),
+                             QWEN_RT_OUT8(8), QWEN_RT_OUT8(16));
+    else if constexpr (kCount == 32)
+        QWEN_RT_BYTES_EITHER("64", QWEN_RT_FIRST QWEN_RT_TEN(1) QWEN_RT_TEN(2) "%30,%31", "%32,%33,%34,%35", "%36", "%37", QWEN_RT_OUT32(0));
+    else if constexpr (kCount == 48)
+        QWEN_RT_BYTES_EITHER("96", QWEN_RT_FIRST QWEN_RT_TEN(1) QWEN_RT_TEN(2) QWEN_RT_TEN(3) "%40,%41,%42,%43,%44,%45,%46,%47",
+                             "%48,%49,%50,%51", "%52", "%53", QWEN_RT_OUT32(0), QWEN_RT_OUT8(32), QWEN_RT_OUT8(40));
+    else if constexpr (kCount == 64)
+        QWEN_RT_BYTES_EITHER("128", QWEN_RT_FIRST QWEN_RT_TEN(1) QWEN_RT_TEN(2) QWEN_RT_TEN(3) QWEN_RT_TEN(4) QWEN_RT_TEN(5) "%60,%61,%62,%63",
+                             "%64,%65,%66,%67", "%68", "%69", QWEN_RT_OUT32(0), QWEN_RT_OUT32(32));
+    else
+        QWEN_RT_BYTES_EITHER("192", QWEN_RT_FIRST QWEN_RT_TEN(1) QWEN_RT_TEN(2) QWEN_RT_TEN(3) QWEN_RT_TEN(4) QWEN_RT_TEN(5) QWEN_RT_TEN(6)
+                             QWEN_RT_TEN(7) QWEN_RT_TEN(8) "%90,%91,%92,%93,%94,%95", "%96,%97,%98,%99", "%100", "%101", QWEN_RT_OUT32(0),
+                             QWEN_RT_OUT32(32), QWEN_RT_OUT32(64));
+#undef QWEN_RT_FIRST
+#undef QWEN_RT_TEN
+#undef QWEN_RT_OUT32
+#undef QWEN_RT_BYTES_EITHER
+#undef QWEN_RT_BYTES
+#undef QWEN_RT_OUT8
+}
 
 template <int kCount>
 __device__ __forceinline__ void take_registers() {

@@ -9,12 +9,12 @@
 //   out        bf16[rows, hidden]    out, may be the residual itself: each element is read and written by one thread
 // Dims: rows, width, hidden, groups (0: bf16). Attributes: weight_format.
 //
-// Numerics, mapping: up to 64 rows common/skinny_gemm.cuh, more common/prefill.cuh; both add the residual in f32 before
-//   the one rounding to bf16.
-// Workspace: up to 64 rows none for bf16, else room for permuted x; more rows: the counters (not used), cuBLASLt's, and of
+// Numerics, mapping: up to 32 rows, or 64 of a weight that takes_products() leaves, common/skinny_gemm.cuh, more
+//   common/prefill.cuh; both add the residual in f32 before the one rounding to bf16.
+// Workspace: up to 32 rows none for bf16, else room for permuted x; more rows: the counters (not used), cuBLASLt's, and of
 //   quantized weights those of common/prefill.cuh.
 // Preconditions (the launcher checks): width a multiple of 64, 16-byte aligned pointers; above 64 rows cuBLASLt, hidden a
-//   multiple of 8, a workspace aligned to 256 bytes.
+//   multiple of 8; a workspace aligned to 256 bytes.
 // Cost: the stored bytes of the weight, 2 · hidden · width FLOPs per row; bound by reading, beyond some 300 rows by the
 //   tensor cores.
 // Reference: benchmarks/kernel_references.py::o_proj_residual; test: tests/plugins/test_kernels_gpu.py,

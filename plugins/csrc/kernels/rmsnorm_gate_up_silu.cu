@@ -12,12 +12,13 @@
 //   activation  bf16[rows, ffn]    out, must not overlap hidden
 // Dims: rows, hidden, ffn, groups (0: bf16). Attributes: epsilon, weight_format.
 //
-// Numerics, mapping: up to 64 rows common/skinny_gemm.cuh; gate and up stay in f32 until the one rounding of their product
-//   to bf16. A unit is one pair of a gate and an up row: they are rows g and g + 8 of a matrix tile, so one thread holds
-//   both sums. More rows: common/prefill.cuh rounds the whole norm once (to bf16, or to e4m3 with a scale for each row),
-//   common/cublaslt.cuh gate and up (one product where the matrices lie behind each other in memory, else two), a kernel
-//   here their gated product; 16 bytes per thread and turn.
-// Workspace: up to 64 rows none for bf16, else room for permuted rows; more rows: the counters (not used), cuBLASLt's, the
+// Numerics, mapping: up to 32 rows, or 64 of matrices that takes_products() leaves, common/skinny_gemm.cuh; gate and up stay
+//   in f32 until the one rounding of their product to bf16. A unit is one pair of a gate and an up row: they are rows g and
+//   g + 8 of a matrix tile, so one thread holds both sums. More rows: common/prefill.cuh rounds the whole norm once (to bf16,
+//   or to e4m3 or i8 with a scale for each row), common/cublaslt.cuh gate and up (one product where the matrices lie behind
+//   each other in memory, else two), a kernel here their gated product; 16 bytes per thread and turn. Products of i8 are
+//   integers, not rounded, a slab of rows at a time.
+// Workspace: up to 32 rows none for bf16, else room for permuted rows; more rows: the counters (not used), cuBLASLt's, the
 //   normalized rows, gate and up side by side, bf16[rows, 2 ffn], and of quantized matrices a slab in bf16.
 // Preconditions (the launcher checks): hidden a multiple of 64, 16-byte aligned pointers; above 64 rows cuBLASLt, hidden
 //   <= 32768, ffn a multiple of 8, a workspace aligned to 256 bytes.
@@ -28,14 +29,18 @@
 // Source: Qwen2RMSNorm and Qwen2MLP of transformers' modeling_qwen2.py.
 #include "../common/ops.cuh"
 #include "../common/prefill.cuh"
+#include "../common/prefill_rows.cuh"
 
 namespace qwen_rt {
 
 // ---------------------------------------------------------------- kernel
 
+// silu(gate) · up
+__device__ __forceinline__ float gated(float gate, float up) { return __fdividef(gate, 1.f + __expf(-gate)) * up; }
+
 __device__ __forceinline__ uint32_t gate_pair(uint32_t gate, uint32_t up) {
     const float2 g = unpack(gate), u = unpack(up);
-    return pack(g.x / (1.f + __expf(-g.x)) * u.x, g.y / (1.f + __expf(-g.y)) * u.y);
+    return pack(gated(g.x, u.x), gated(g.y, u.y));
 }
 
 // One block per 2048 elements of a row.
@@ -53,6 +58,18 @@ __global__ void __launch_bounds__(kGateThreads) gate_kernel(const bf16* gate_up,
         make_uint4(gate_pair(g.x, u.x), gate_pair(g.y, u.y), gate_pair(g.z, u.z), gate_pair(g.w, u.w));
 }
 
+// The same of integer sums: four units per thread.
+__global__ void __launch_bounds__(kGateThreads) gate_integers_kernel(IntegerSums gate, IntegerSums up, bf16* activation, int ffn) {
+    let_next_grid_start();
+    wait_for_previous_grids();
+    const int at = (static_cast<int>(blockIdx.y) * kGateThreads + static_cast<int>(threadIdx.x)) * 4;
+    if (at >= ffn) return;
+    const int64_t row = blockIdx.x;
+    const float4 g = scale_sums(gate, row, at), u = scale_sums(up, row, at);
+    *reinterpret_cast<uint2*>(activation + row * ffn + at) =
+        make_uint2(pack(gated(g.x, u.x), gated(g.y, u.y)), pack(gated(g.z, u.z), gated(g.w, u.w)));
+}
+
 // ---------------------------------------------------------------- launcher
 
 namespace {
@@ -67,34 +84,47 @@ constexpr MatrixTensors kMatrices = {
     2, {kGateWeight, kUpWeight}, {kGateScale, kUpScale}, {kGateZeroPoint, kUpZeroPoint}, kPerm};
 
 PrefillShape shape_of(const int64_t* dims) {
-    return {dims[kRows], dims[kHiddenDim], {dims[kFfn], dims[kFfn], 0}, dims[kRows] * 2 * dims[kFfn], dims[kGroups], true};
+    return {dims[kRows], dims[kHiddenDim], {dims[kFfn], dims[kFfn], 0}, true, dims[kGroups], true};
 }
 
-int32_t prefill_gate_up(const QwenRtCall& call, const Matrices& matrices) {
-    const int64_t rows = call.dims[kRows], ffn = call.dims[kFfn];
-    if (ffn % 8 != 0)
-        return refuse(call, QWEN_RT_UNSUPPORTED, "width=%lld of the output; expected a multiple of 8", static_cast<long long>(ffn));
-    const PrefillShape shape = shape_of(call.dims);
-    Scratch scratch;
-    if (const int32_t status = prepare_prefill(call, shape, &scratch)) return status;
+int32_t prefill_gate_up(const QwenRtCall& call, const PrefillShape& shape, const PrefillRows& rows, const Matrices& matrices,
+                        const Scratch& scratch) {
+    const int64_t ffn = call.dims[kFfn];
+    const int64_t most = way_of(shape, matrices) == Way::kInt8 ? slab_rows(shape) : shape.rows;
     Device device;
     if (const cudaError_t error = current_device(&device); error != cudaSuccess)
         return refuse(call, QWEN_RT_CUDA_ERROR, "no device: %s", cudaGetErrorString(error));
-    if (const int32_t status =
-            multiply_rows(call, shape, {call.tensors[kHidden], call.tensors[kNormWeight], call.attributes[kEpsilon]}, matrices,
-                          {{nullptr, nullptr, nullptr}, nullptr, scratch.product}, scratch))
-        return status;
-    const dim3 grid(static_cast<unsigned>(rows), static_cast<unsigned>((ffn / 8 + kGateThreads - 1) / kGateThreads));
-    return launch(call, gate_kernel, device, grid, kGateThreads, 0, static_cast<const bf16*>(scratch.product),
-                  static_cast<bf16*>(call.tensors[kActivation]), static_cast<int>(ffn));
+    for (int64_t first = 0; first < shape.rows; first += most) {
+        PrefillShape part = shape;
+        part.rows = shape.rows - first < most ? shape.rows - first : most;
+        PrefillRows from = rows;
+        from.x = static_cast<const bf16*>(rows.x) + first * shape.k;
+        Way way;
+        const float* x_scale = nullptr;
+        if (const int32_t status = multiply_rows(call, part, from, matrices, {{nullptr, nullptr, nullptr}, nullptr, scratch.product},
+                                                 scratch, &way, &x_scale))
+            return status;
+        const int64_t threads = ffn / (way == Way::kInt8 ? 4 : 8);
+        const dim3 grid(static_cast<unsigned>(part.rows), static_cast<unsigned>((threads + kGateThreads - 1) / kGateThreads));
+        bf16* activation = static_cast<bf16*>(call.tensors[kActivation]) + first * ffn;
+        const auto sums_of = [&](int which) {
+            return IntegerSums{static_cast<const int32_t*>(scratch.product) + which * ffn, x_scale,
+                               static_cast<const float*>(matrices.scale[which]), 2 * ffn};
+        };
+        const int32_t status =
+            way == Way::kInt8
+                ? launch(call, gate_integers_kernel, device, grid, kGateThreads, 0, sums_of(0), sums_of(1), activation,
+                         static_cast<int>(ffn))
+                : launch(call, gate_kernel, device, grid, kGateThreads, 0, static_cast<const bf16*>(scratch.product), activation,
+                         static_cast<int>(ffn));
+        if (status != QWEN_RT_OK) return status;
+    }
+    return QWEN_RT_OK;
 }
 
 }  // namespace
 
-int64_t workspace_rmsnorm_gate_up_silu(const int64_t* dims, int32_t) {
-    return dims[kRows] <= kMaxRows ? workspace_skinny(dims[kRows], dims[kHiddenDim], dims[kGroups])
-                                   : divide(nullptr, shape_of(dims)).bytes;
-}
+int64_t workspace_rmsnorm_gate_up_silu(const int64_t* dims, int32_t) { return workspace_of(shape_of(dims)); }
 
 int32_t launch_rmsnorm_gate_up_silu(const QwenRtCall& call) {
     if (const int32_t status = check_tensors(call, set_of(kHidden, kNormWeight, kGateWeight, kUpWeight, kActivation), kNumTensors,
@@ -105,7 +135,16 @@ int32_t launch_rmsnorm_gate_up_silu(const QwenRtCall& call) {
     if (const int32_t status =
             read_matrices(call, kMatrices, dims[kHiddenDim], dims[kGroups], call.attributes[kWeightFormat], &matrices))
         return status;
-    if (dims[kRows] > kMaxRows) return prefill_gate_up(call, matrices);
+    const PrefillShape shape = shape_of(dims);
+    const PrefillRows rows = {call.tensors[kHidden], call.tensors[kNormWeight], call.attributes[kEpsilon]};
+    if (takes_products(call, shape, rows, matrices, {})) {
+        if (dims[kFfn] % 8 != 0)
+            return refuse(call, QWEN_RT_UNSUPPORTED, "width=%lld of the output; expected a multiple of 8",
+                          static_cast<long long>(dims[kFfn]));
+        Scratch scratch;
+        if (const int32_t status = prepare_prefill(call, shape, &scratch)) return status;
+        return prefill_gate_up(call, shape, rows, matrices, scratch);
+    }
     SkinnyParams p = {};
     p.epilogue = Epilogue::kSiluGate;
     p.x = static_cast<const bf16*>(call.tensors[kHidden]);

@@ -13,11 +13,11 @@
 //   qkv          bf16[rows, q_width + 2 kv_width] out, must not overlap hidden
 // Dims: rows, hidden, q_width, kv_width, groups (0: bf16). Attributes: epsilon, weight_format.
 //
-// Numerics, mapping: up to 64 rows common/skinny_gemm.cuh: one rounding of hidden ∘ norm_weight to bf16, one of the result.
-//   More rows: common/prefill.cuh rounds the whole norm once (to bf16, or to e4m3 with a scale for each row), then
-//   common/cublaslt.cuh adds the bias in f32 and rounds the result; one product where the matrices (and all that belongs to
-//   them) lie behind each other in memory, else three.
-// Workspace: up to 64 rows none for bf16, else room for permuted rows; more rows: the counters (not used), cuBLASLt's, the
+// Numerics, mapping: up to 32 rows, or 64 of matrices that takes_products() leaves, common/skinny_gemm.cuh: one rounding of
+//   hidden ∘ norm_weight to bf16, one of the result. More rows: common/prefill.cuh rounds the whole norm once (to bf16, or to
+//   e4m3 or i8 with a scale for each row), then common/cublaslt.cuh adds the bias in f32 and rounds the result; one product
+//   where the matrices (and all that belongs to them) lie behind each other in memory, else three.
+// Workspace: up to 32 rows none for bf16, else room for permuted rows; more rows: the counters (not used), cuBLASLt's, the
 //   normalized rows, and of quantized matrices a slab in bf16.
 // Preconditions (the launcher checks): hidden a multiple of 64, 16-byte aligned pointers; above 64 rows cuBLASLt, hidden
 //   <= 32768, a row of qkv a multiple of 8, a workspace aligned to 256 bytes.
@@ -43,14 +43,13 @@ constexpr MatrixTensors kMatrices = {
     3, {kQWeight, kKWeight, kVWeight}, {kQScale, kKScale, kVScale}, {kQZeroPoint, kKZeroPoint, kVZeroPoint}, kPerm};
 
 PrefillShape shape_of(const int64_t* dims) {
-    return {dims[kRows], dims[kHiddenDim], {dims[kQWidth], dims[kKvWidth], dims[kKvWidth]}, 0, dims[kGroups], true};
+    return {dims[kRows], dims[kHiddenDim], {dims[kQWidth], dims[kKvWidth], dims[kKvWidth]}, false, dims[kGroups], true};
 }
 
 }  // namespace
 
 int64_t workspace_rmsnorm_qkv(const int64_t* dims, int32_t) {
-    return dims[kRows] <= kMaxRows ? workspace_skinny(dims[kRows], dims[kHiddenDim], dims[kGroups])
-                                   : divide(nullptr, shape_of(dims)).bytes;
+    return workspace_of(shape_of(dims));
 }
 
 int32_t launch_rmsnorm_qkv(const QwenRtCall& call) {
@@ -63,12 +62,13 @@ int32_t launch_rmsnorm_qkv(const QwenRtCall& call) {
             read_matrices(call, kMatrices, dims[kHiddenDim], dims[kGroups], call.attributes[kWeightFormat], &matrices))
         return status;
     void* const* t = call.tensors;
-    if (dims[kRows] > kMaxRows) {
-        const PrefillShape shape = shape_of(dims);
+    const PrefillShape shape = shape_of(dims);
+    const PrefillRows rows = {t[kHidden], t[kNormWeight], call.attributes[kEpsilon]};
+    const PrefillOutput output = {{t[kQBias], t[kKBias], t[kVBias]}, nullptr, t[kQkv]};
+    if (takes_products(call, shape, rows, matrices, output)) {
         Scratch scratch;
         if (const int32_t status = prepare_prefill(call, shape, &scratch)) return status;
-        return multiply_rows(call, shape, {t[kHidden], t[kNormWeight], call.attributes[kEpsilon]}, matrices,
-                             {{t[kQBias], t[kKBias], t[kVBias]}, nullptr, t[kQkv]}, scratch);
+        return multiply_rows(call, shape, rows, matrices, output, scratch);
     }
     SkinnyParams p = {};
     p.epilogue = Epilogue::kBias;
