@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen_rt.benchmarks.harness import number_of, settings_of
+from qwen_rt.benchmarks.harness import gpu_of, number_of, settings_of
 from qwen_rt.errors import UsageError
 
 __all__ = ["BARS_FILE", "Bar", "Source", "Verdict", "judge", "load", "markdown", "render"]
@@ -307,7 +307,8 @@ def _place(row: Row | None) -> str:
     if row is None:
         return "–"
     changed = " with changes" if row["dirty"] else ""
-    return f"{row['benchmark']} {row['contender']}, {row['date'][:10]}, {row['commit'][:10]}{changed}"
+    gpu = f", {gpu_of(row)}" if gpu_of(row) else ""
+    return f"{row['benchmark']} {row['contender']}{gpu}, {row['date'][:10]}, {row['commit'][:10]}{changed}"
 
 
 def render(verdicts: Sequence[Verdict]) -> str:

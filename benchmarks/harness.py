@@ -332,6 +332,12 @@ def number_of(row: Mapping[str, Any], metric: str) -> float | None:
     return value["median"] if isinstance(value, Mapping) else value
 
 
+def gpu_of(row: Mapping[str, Any]) -> str:
+    """Return the short name of a row's GPU, as `H100`, or nothing."""
+    words = str((row["device"].get("gpu") or {}).get("name", "")).removeprefix("NVIDIA ").split()
+    return words[0] if words else ""
+
+
 def settings_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a row, those included that rows of its benchmark have named later only."""
     return {**_OLDER_SETTINGS.get(row["benchmark"], {}), **row["settings"]}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen_rt.benchmarks.harness import number_of, settings_of
+from qwen_rt.benchmarks.harness import gpu_of, number_of, settings_of
 from qwen_rt.errors import MissingDependencyError, UsageError
 
 __all__ = ["draw_latency", "gpu_line", "latency_tables", "latency_text", "load_pyplot"]
@@ -71,19 +71,24 @@ def _show(value: object) -> str:
 
 
 def _sections(rows: Sequence[Row]) -> list[tuple[list[str], int, list[list[str]]]]:
-    """Return titles, the number of columns that are text, and cells, for each kind of row that there is."""
+    """Return titles, the number of columns that are text, and cells, for each kind of row that there is.
+
+    Rows of several GPUs have a column for it.
+    """
     found = []
+    gpus = [("gpu", "GPU")] if len({gpu_of(row) for row in rows}) > 1 else []
     for what, (settings, metrics) in _SECTIONS.items():
         chosen = [row for row in rows if row["settings"].get("what") == what]
         if not chosen:
             continue
         used = [(name, title) for name, title in metrics if any(name in row["metrics"] for row in chosen)]
         cells = [
-            [str(settings_of(row).get(name, "–")) for name, _ in settings]
+            [gpu_of(row) for _ in gpus]
+            + [str(settings_of(row).get(name, "–")) for name, _ in settings]
             + [_show(number_of(row, name)) for name, _ in used]
             for row in chosen
         ]
-        found.append(([title for _, title in (*settings, *used)], len(_STORED), cells))
+        found.append(([title for _, title in (*gpus, *settings, *used)], len(gpus) + len(_STORED), cells))
     return found
 
 
@@ -145,7 +150,7 @@ def draw_latency(rows: Sequence[Row], file: Path) -> None:
     """Draw the ratio to the floor by rows, and that to the floor with keys and values by prompt; a line for each model.
 
     Args:
-        rows: Any; decode rows are drawn.
+        rows: Any; decode rows of the GPU that has the newest one are drawn.
         file: .svg or .png.
 
     Raises:
@@ -155,6 +160,8 @@ def draw_latency(rows: Sequence[Row], file: Path) -> None:
     decode = [row for row in rows if row["settings"].get("what") == "decode"]
     if not decode:
         raise UsageError("no decode rows to draw", "rows of `qwen-rt bench latency`", "run it first")
+    gpu = gpu_of(max(decode, key=lambda row: str(row["date"])))
+    decode = [row for row in decode if gpu_of(row) == gpu]
     pyplot = load_pyplot()
     figure, (by_rows, by_prompt) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     base = {row["settings"]["prompt"] for row in decode if row["settings"]["rows"] > 1}

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_rt.benchmarks import bars
-from qwen_rt.benchmarks.harness import UNITS, number_of, read_rows, settings_of
+from qwen_rt.benchmarks.harness import UNITS, gpu_of, number_of, read_rows, settings_of
 from qwen_rt.benchmarks.latency_report import draw_latency, latency_tables, load_pyplot
 from qwen_rt.benchmarks.peers_report import has_peers, peers_rows, peers_tables
 from qwen_rt.errors import QwenRtError, UsageError
@@ -118,11 +118,11 @@ _UNIT_TEXT = {
 
 
 def newest(rows: Sequence[Row], benchmark: str) -> list[Row]:
-    """Return the newest row for each contender and settings, ordered by their first rows; of `latency` only ours."""
+    """Return the newest row for each contender, settings and GPU, ordered by their first rows; of `latency` only ours."""
     latest: dict[str, Row] = {}
     for row in rows:
         if row["benchmark"] == benchmark and (benchmark != "latency" or row["contender"] == OURS):
-            key = json.dumps([row["contender"], settings_of(row)], sort_keys=True)
+            key = json.dumps([row["contender"], settings_of(row), gpu_of(row)], sort_keys=True)
             if key not in latest or row["date"] >= latest[key]["date"]:
                 latest[key] = row
     return list(latest.values())
@@ -213,7 +213,7 @@ def _latency_order(row: Row) -> tuple[Any, ...]:
     settings = settings_of(row)
     prompt, rows = settings.get("prompt", 0), settings.get("rows", 0)
     stored = settings.get("weights", ""), settings["kv_cache"], settings["source"]
-    return settings["model"], *stored, settings["layers"], rows > 1, prompt, rows
+    return gpu_of(row), settings["model"], *stored, settings["layers"], rows > 1, prompt, rows
 
 
 def _metrics_of(benchmark: str, rows: Sequence[Row]) -> list[str]:

@@ -177,13 +177,13 @@ def test_lines_and_table(tmp_path: Path) -> None:
     rows = [decode_row(1, 128, 3.3, dirty=True)]
     verdicts = bars.judge(bars.load(write(tmp_path, ONE + MANY)), rows)
     first, second, count = bars.render(verdicts).splitlines()
-    place = "latency qwen-rt, 2026-01-02, 0123456789 with changes"
+    place = "latency qwen-rt, A, 2026-01-02, 0123456789 with changes"
     assert " ".join(first.split()) == f"PASS one 1.1 <= 1.2 × {place} 1 row [another 1.5]"
     assert second.startswith("NO ROW  many")
     assert count == "1 pass, 0 short, 1 without a row"
     table = bars.markdown(verdicts).splitlines()
     assert table[2] == (
-        "| 1 row | 1.1 | <= 1.2 × | pass | another 1.5 | latency qwen-rt, 2026-01-02, 0123456789 with changes |"
+        "| 1 row | 1.1 | <= 1.2 × | pass | another 1.5 | latency qwen-rt, A, 2026-01-02, 0123456789 with changes |"
     )
     assert table[3].split("|")[2:5] == [" – ", " < 1.15 ", " no row "]
     plain = verdicts[0].to_dict()

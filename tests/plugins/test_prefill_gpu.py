@@ -232,7 +232,7 @@ def test_few_rows_want_no_workspace_and_more_say_how_much(call: OpCaller) -> Non
     for op, rest in dims.items():
         assert library.workspace_bytes(op, (SKINNY_ROWS, *rest, 0)) == 0
         permuted = COUNTER_BYTES + (SKINNY_ROWS + 1) * rest[0] * 2
-        assert permuted <= library.workspace_bytes(op, (SKINNY_ROWS, *rest, 1)) <= 1.05 * permuted
+        assert permuted <= library.workspace_bytes(op, (SKINNY_ROWS, *rest, 1)) < 2 * permuted
         assert library.workspace_bytes(op, (SKINNY_ROWS + 1, *rest, 0)) > COUNTER_BYTES
         assert library.workspace_bytes(op, (65, *rest, 4)) > library.workspace_bytes(op, (65, *rest, 0))
     select = "select_o_proj_residual"
