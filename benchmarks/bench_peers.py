@@ -8,7 +8,8 @@ ORT GenAI's in a model that its own builder made from a checkpoint of random num
 
 Rows go to `latency.jsonl`, with the settings that ours have: `decode` and `prefill` at the same points, and of peers a
 `session` with the seconds from start to ready. The floor is that of our weights at that precision, for everybody, over
-the bandwidth measured in this run. A peer's row says in its check what was looked at; its numbers are its own affair.
+the bandwidth measured in this run. A peer's tokens are compared with no reference: the check of its rows says what was
+looked at. Points that a peer cannot run are told in a line; the others have their rows.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ from qwen_rt.benchmarks.kernel_shapes import SHAPES
 from qwen_rt.benchmarks.latency import Plan, prefill_metrics, token_metrics
 from qwen_rt.benchmarks.peers import PEERS, Peer, events_of, fields_of, find_python, task_of
 from qwen_rt.benchmarks.peers_report import peers_text
-from qwen_rt.errors import MissingDependencyError, QwenRtError, UsageError
+from qwen_rt.errors import MissingDependencyError, QwenRtError, UsageError, one_line
 
 __all__ = ["OUR_NAME", "Plan", "measure_peer", "run"]
 
 OUR_NAME = "qwen-rt"
-_CHECK = "a peer's own: as many tokens as asked, all of the vocabulary; greedy tokens of two requests, share alike"
+_CHECK = (
+    "as many tokens as asked, all of the vocabulary; no reference; equal_share: greedy tokens of two requests alike"
+)
 
 Write = Callable[..., None]
 """Takes contender, metrics, settings, check and versions, and makes a row."""
@@ -65,12 +68,13 @@ def measure_peer(
 
     Raises:
         MissingDependencyError: It is not installed.
-        QwenRtError: It failed, answered nonsense, or was not done in time.
+        QwenRtError: It failed, answered nonsense, was not done in time, or could not run some points.
     """
     settings: dict[str, Any] = {"model": model.name, "weights": model.precision, "kv_cache": model.kv_format}
     settings |= {"source": model.source, "layers": model.shape.layers}
     check: dict[str, Any] = {"passed": True, "what": _CHECK}
     versions: dict[str, str] = {}
+    refused: dict[str, list[str]] = {}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qwen-rt-peer-")))
         task = task_of(peer, model.shape, model.precision, plan, folder)
@@ -88,17 +92,22 @@ def measure_peer(
                 write(peer.name, {"load_s": float(load_s)}, session, check, versions)
             elif kind == "decode":
                 rows, prompt, samples, share = fields_of(event, "rows", "prompt", "step_ms", "equal_share")
-                check = check | {"equal_share": share}
-                metrics = token_metrics(
-                    model.shape, model.floor_bytes, rows, prompt, _samples(peer, samples), gpu.bandwidth
-                )
-                write(
-                    peer.name, metrics, settings | {"what": "decode", "rows": rows, "prompt": prompt}, check, versions
-                )
+                seen = check | {"equal_share": share}
+                times = _samples(peer, samples)
+                metrics = token_metrics(model.shape, model.floor_bytes, rows, prompt, times, gpu.bandwidth)
+                point = {"what": "decode", "rows": rows, "prompt": prompt}
+                write(peer.name, metrics, settings | point, seen, versions)
             elif kind == "first_token":
-                prompt, samples = fields_of(event, "prompt", "ms")
+                prompt, samples, share = fields_of(event, "prompt", "ms", "equal_share")
+                seen = check | {"equal_share": share}
                 metrics = prefill_metrics(model.shape, prompt, _samples(peer, samples), [], gpu.matrix_rate)
-                write(peer.name, metrics, settings | {"what": "prefill", "prompt": prompt}, check, versions)
+                write(peer.name, metrics, settings | {"what": "prefill", "prompt": prompt}, seen, versions)
+            elif kind == "refused":
+                rows, prompt, message = fields_of(event, "rows", "prompt", "message")
+                refused.setdefault(one_line(str(message)), []).append(f"{rows} rows at {prompt} tokens")
+    if refused:
+        told = "; ".join(f"{', '.join(points)}: {message}" for message, points in refused.items())
+        raise QwenRtError(f"{peer.name}, {model.name} {model.precision}: no figure for {told}", fix=f"see {log}")
 
 
 def _samples(peer: Peer, given: object) -> list[float]:
@@ -146,7 +155,7 @@ def run(
         quiet: No progress on stderr.
 
     Returns:
-        0, or 1 if a peer that is there failed, or one of `peers` is not there.
+        0, or 1 if a peer that is there failed or lacks a point, or one of `peers` is not there.
 
     Raises:
         QwenRtError: Something of ours is absent, does not fit or is not correct; one line.

@@ -7,15 +7,17 @@
              progress     text
              ready        load_s, versions {package: version}, engine {option: value}
              decode       rows, prompt, step_ms […], num_tokens, equal_share
-             first_token  prompt, ms […]
+             first_token  prompt, ms […], equal_share
+             refused      rows, prompt, message: the engine raised an error there; the other points follow
              done         at the end
              missing      message: the engine is not installed here
              failed       message
 
 `step_ms`: from one token of all rows to the next, on the host's clock, as the engine hands them out. `ms`: from sending
 a prompt until its first token is there, with `steps` more tokens before the next prompt is sent. Greedy, the end token
-ignored. Before a point is timed, a shorter request of the same shape runs; `equal_share` is how many of its tokens the
-timed one gave too.
+ignored. What one row needs comes first, so that a batch which an engine cannot run costs nothing else. Before a point
+is timed, a shorter request of the same shape runs; `equal_share` is how many of its tokens the timed one gave too, and
+for first tokens how many of the first request's the others gave.
 
 This file imports only the standard library and the engine of its kind: their environments have no qwen-rt.
 """
@@ -162,7 +164,7 @@ class OrtGenAI:
         (built / "genai_config.json").write_text(json.dumps(settings), encoding="utf-8")
         say("loading the model")
         self.model = og.Model(str(built))
-        return _versions("onnxruntime-genai-cuda", "onnxruntime-genai", "onnxruntime-gpu", "onnxruntime"), options
+        return _versions("onnxruntime-genai-cuda", "onnxruntime-genai", "onnxruntime-gpu"), options
 
     def request(self, ids: list[int], rows: int, num_tokens: int) -> Request:
         """Run one generator, its cache as long as needed; making it is not timed."""
@@ -195,38 +197,59 @@ def _versions(*packages: str) -> dict[str, str]:
     return found
 
 
+class WrongOutputError(Exception):
+    """What an engine gave cannot be an answer; nothing of it is timed then."""
+
+
+def _alike(one: list[list[int]], other: list[list[int]]) -> float:
+    """Share of tokens that two requests have in common, as far as both reach."""
+    pairs = [pair for old, new in zip(one, other, strict=True) for pair in zip(old, new)]  # noqa: B905
+    return round(sum(old == new for old, new in pairs) / len(pairs), 4)
+
+
 def measure(engine: Any, task: dict[str, Any], answer: Any) -> None:
     """Time every point of a task.
 
     Raises:
-        ValueError: The engine gave too few tokens, ids outside the vocabulary, or too few steps with all rows.
+        WrongOutputError: The engine gave too few tokens, or ids outside the vocabulary.
     """
     vocab, steps = task["config"]["vocab_size"], task["steps"]
 
-    def ids(prompt: int) -> list[int]:
-        return [token % vocab for token in range(prompt)]
-
     def request(prompt: int, rows: int, num_tokens: int) -> Request:
-        done: Request = engine.request(ids(prompt), rows, num_tokens)
+        done: Request = engine.request([token % vocab for token in range(prompt)], rows, num_tokens)
         if [len(row) for row in done.tokens] != [num_tokens] * rows:
-            raise ValueError(f"{rows} rows gave {sorted(map(len, done.tokens))} tokens instead of {num_tokens} each")
+            given = sorted(map(len, done.tokens))
+            raise WrongOutputError(f"{rows} rows gave {given} tokens instead of {num_tokens} each")
         if not all(0 <= token < vocab for row in done.tokens for token in row):
-            raise ValueError("a token lies outside the vocabulary")
+            raise WrongOutputError("a token lies outside the vocabulary")
         return done
 
-    for rows, prompt in task["points"]:
+    def decode(rows: int, prompt: int) -> None:
         before = request(prompt, rows, WARM_UP_TOKENS)
         timed = request(prompt, rows, steps + 1 + (EXTRA_TOKENS if rows > 1 else 0))
         samples = [1e3 * seconds for seconds in timed.step_s[:steps]]
         if len(samples) < steps:
-            raise ValueError(f"only {len(samples)} of {steps} steps had a token of all {rows} rows")
-        pairs = [pair for old, new in zip(before.tokens, timed.tokens, strict=True) for pair in zip(old, new)]  # noqa: B905
-        same = sum(old == new for old, new in pairs) / len(pairs)
-        answer("decode", rows=rows, prompt=prompt, step_ms=samples, num_tokens=steps + 1, equal_share=round(same, 4))
-    for prompt in task["first_token_prompts"]:
-        request(prompt, 1, WARM_UP_TOKENS)
-        firsts = [1e3 * request(prompt, 1, steps + 1).first_s for _ in range(task["repeats"])]
-        answer("first_token", prompt=prompt, ms=firsts)
+            raise RuntimeError(f"only {len(samples)} of {steps} steps had a token of all {rows} rows")
+        share = _alike(before.tokens, timed.tokens)
+        answer("decode", rows=rows, prompt=prompt, step_ms=samples, num_tokens=steps + 1, equal_share=share)
+
+    def first_token(rows: int, prompt: int) -> None:
+        request(prompt, rows, WARM_UP_TOKENS)
+        done = [request(prompt, rows, steps + 1) for _ in range(task["repeats"])]
+        share = min(_alike(done[0].tokens, other.tokens) for other in done)
+        answer("first_token", prompt=prompt, ms=[1e3 * one.first_s for one in done], equal_share=share)
+
+    todo = [(decode, rows, prompt) for rows, prompt in task["points"] if rows == 1]
+    todo += [(first_token, 1, prompt) for prompt in task["first_token_prompts"]]
+    todo += [(decode, rows, prompt) for rows, prompt in task["points"] if rows > 1]
+    for work, rows, prompt in todo:
+        try:
+            work(rows, prompt)
+        except WrongOutputError:
+            raise
+        except Exception as error:
+            print(f"{rows} rows, prompt {prompt}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            answer("refused", rows=rows, prompt=prompt, message=f"{type(error).__name__}: {error}")
 
 
 def main(kind: str, answers: TextIO) -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["PEERS", "WORKER", "Peer", "events_of", "fields_of", "find_python", "task_of"]
 
 WORKER = Path(__file__).with_name("peer_worker.py")
-_EVENTS = ("progress", "ready", "decode", "first_token", "done", "missing", "failed")
+_EVENTS = ("progress", "ready", "decode", "first_token", "refused", "done", "missing", "failed")
 _LOG_TAIL_BYTES = 1 << 16
 
 
@@ -116,7 +116,7 @@ def events_of(
     device: int = 0,
     worker: Path | None = None,
 ) -> Generator[dict[str, Any], None, None]:
-    """Run a peer's worker and yield its events until it is done: `progress`, `ready`, `decode` and `first_token`.
+    """Run a peer's worker and yield its events until it is done: all but the last three that it lists.
 
     Args:
         peer: Which.

@@ -106,6 +106,19 @@ def _show(value: float | None) -> str:
     return "–" if value is None else f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
 
 
+def _shares(rows: Sequence[Row]) -> list[str]:
+    """Say how many greedy tokens of a peer's two requests of one prompt were alike, at its worst point."""
+    lowest: dict[str, float] = {}
+    for row in rows:
+        share = row["check"].get("equal_share")
+        if row["contender"] != OURS and share is not None:
+            lowest[str(row["contender"])] = min(share, lowest.get(str(row["contender"]), 1.0))
+    if not lowest:
+        return []
+    told = ", ".join(f"{_TITLES.get(name, name)} {share:.4g}" for name, share in lowest.items())
+    return [f"Greedy tokens alike in a peer's two requests of one prompt, the lowest share of its points: {told}."]
+
+
 def peers_tables(rows: Sequence[Row]) -> str:
     """Return Markdown tables of rows that `peers_rows` chose."""
     tables = []
@@ -113,7 +126,7 @@ def peers_tables(rows: Sequence[Row]) -> str:
         rule = "|---" * num_texts + "|--:" * (len(titles) - num_texts - 1) + "|---|"
         first, *rest = ("| " + " | ".join(line) + " |" for line in (titles, *cells))
         tables.append("\n".join([first, rule, *rest]))
-    return "\n\n".join(tables) + "\n"
+    return "\n\n".join([*tables, *_shares(rows)]) + "\n"
 
 
 def peers_text(rows: Sequence[Row]) -> str:
@@ -130,4 +143,4 @@ def peers_text(rows: Sequence[Row]) -> str:
             for line in (titles, *cells)
         ]
         blocks.append("\n".join(lines))
-    return "\n\n".join(blocks)
+    return "\n\n".join([*blocks, *_shares(rows)])

@@ -23,9 +23,9 @@ def ready():
 
 def points():
     for rows, prompt in task["points"]:
-        answer("decode", rows=rows, prompt=prompt, step_ms=[4.0] * task["steps"], num_tokens=9, equal_share=1.0)
+        answer("decode", rows=rows, prompt=prompt, step_ms=[4.0] * task["steps"], num_tokens=9, equal_share=0.5)
     for prompt in task["first_token_prompts"]:
-        answer("first_token", prompt=prompt, ms=[20.0] * task["repeats"])
+        answer("first_token", prompt=prompt, ms=[20.0] * task["repeats"], equal_share=1.0)
 """
 """Start of a worker."""
 
@@ -100,7 +100,7 @@ FAKE_GENAI = {
         (built / "genai_config.json").write_text(json.dumps({"model": {"eos_token_id": 1}}))
         """,
     "onnxruntime_genai/__init__.py": """
-        import json, pathlib
+        import json, os, pathlib
 
 
         class Model:
@@ -124,6 +124,8 @@ FAKE_GENAI = {
 
             def append_tokens(self, ids):
                 assert isinstance(ids[0], list) == (self.rows > 1)
+                if self.rows > 1 and os.environ.get("FAKE_NO_BATCH"):
+                    raise RuntimeError("batch_size must be 1")
                 self.tokens = [list(row) for row in (ids if self.rows > 1 else [ids])]
 
             def generate_next_token(self):

@@ -148,17 +148,18 @@ def test_the_python_of_a_peer(tmp_path: Path) -> None:
 def test_vllm_is_driven_through_its_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(write_package(tmp_path / "site", FAKE_VLLM)))
     found = events(tmp_path, None)
-    assert [event["event"] for event in found] == ["progress", "ready", "decode", "decode", "first_token"]
+    assert [event["event"] for event in found] == ["progress", "ready", "decode", "first_token", "decode"]
     assert found[1]["engine"]["compilation_config"] == {"cudagraph_capture_sizes": [1, 4]}
-    assert all(len(event["step_ms"]) == 8 and event["equal_share"] == 1.0 for event in found[2:4])
-    assert len(found[4]["ms"]) == 2
+    assert [event["rows"] for event in found[2::2]] == [1, 4]
+    assert all(len(event["step_ms"]) == 8 and event["equal_share"] == 1.0 for event in found[2::2])
+    assert (len(found[3]["ms"]), found[3]["equal_share"]) == (2, 1.0)
     assert "vllm prints on stdout" in (tmp_path / "log").read_text()
 
 
 def test_what_vllm_gets_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(write_package(tmp_path / "site", FAKE_VLLM)))
     monkeypatch.setenv("FAKE_TOKEN", "151936")
-    with pytest.raises(QwenRtError, match="vllm: ValueError: a token lies outside the vocabulary"):
+    with pytest.raises(QwenRtError, match="vllm: WrongOutputError: a token lies outside the vocabulary"):
         events(tmp_path, None)
     monkeypatch.setenv("FAKE_FAILURE", "1")
     (tmp_path / "model").rename(tmp_path / "first")
@@ -169,9 +170,18 @@ def test_what_vllm_gets_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_ort_genai_is_driven_through_its_generator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(write_package(tmp_path / "site", FAKE_GENAI)))
     found = events(tmp_path, None, GENAI)
-    assert [event["event"] for event in found] == ["progress", "progress", "ready", "decode", "decode", "first_token"]
+    assert [event["event"] for event in found] == ["progress", "progress", "ready", "decode", "first_token", "decode"]
     assert "built bf16" in (tmp_path / "log").read_text()
     assert not list((tmp_path / "model").glob("*.safetensors"))
+
+
+def test_a_batch_that_an_engine_cannot_run_costs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(write_package(tmp_path / "site", FAKE_GENAI)))
+    monkeypatch.setenv("FAKE_NO_BATCH", "1")
+    found = events(tmp_path, None, GENAI)
+    assert [event["event"] for event in found[2:]] == ["ready", "decode", "first_token", "refused"]
+    assert found[-1] == {"event": "refused", "rows": 4, "prompt": 128, "message": "RuntimeError: batch_size must be 1"}
+    assert "4 rows, prompt 128: RuntimeError: batch_size must be 1" in (tmp_path / "log").read_text()
 
 
 class FakeCuda:
@@ -227,13 +237,33 @@ def test_every_contender_has_rows_of_one_run(
     assert first["metrics"]["itl_to_floor_ratio"] == pytest.approx(4.0 / floor_ms, rel=1e-3)
     assert second["metrics"]["decode_tok_s"] == 1000.0
     assert prefill["metrics"]["first_token_ms"]["n"] == 2
+    assert [row["check"].get("equal_share") for row in rows[1:5]] == [None, 0.5, 0.5, 1.0]
     assert "first_token_back_to_back_ms" not in prefill["metrics"]
     assert first["versions"]["vllm"] == "9.8"
     assert (first["versions"]["driver"], first["device"]["gpu"]["read_gb_s"]) == ("580.1", 3100.0)
     shown = capsys.readouterr()
     assert "7b bf16, vllm: loading" in shown.err
     assert "vLLM, 1.25 ×" not in shown.out  # two peers with the same times
+    assert shown.out.endswith("the lowest share of its points: vLLM 0.5, ORT GenAI 0.5.\n")
     assert {path.name for path in (tmp_path / "logs").iterdir()} == {"vllm-7b-bf16.log", "ort-genai-7b-bf16.log"}
+
+
+def test_points_without_a_figure_are_told_in_a_line_and_the_others_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body = """
+    ready()
+    answer('decode', rows=1, prompt=128, step_ms=[4.0], num_tokens=2, equal_share=1.0)
+    for rows in (16, 64):
+        answer('refused', rows=rows, prompt=128, message='RuntimeError: one row\\nonly')
+    answer('done')
+    """
+    code, rows = run_with(tmp_path, monkeypatch, body, peers=["ort-genai"])
+    assert code == 1
+    assert [row["settings"].get("rows") for row in rows] == [1, None, 1]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "no figure" in line]
+    points = "16 rows at 128 tokens, 64 rows at 128 tokens: RuntimeError: one row only"
+    assert line.startswith(f"ort-genai, 7b bf16: no figure for {points}; see ")
 
 
 @pytest.mark.parametrize(
@@ -244,7 +274,7 @@ def test_every_contender_has_rows_of_one_run(
         ("ready(); answer('failed', message='full')", {}, 1, "vllm: full"),
         ("ready(); answer('decode', rows=1)", {"peers": ["vllm"]}, 1, "event 'decode' lacks 'prompt'"),
         (
-            "ready(); answer('first_token', prompt=128, ms=[])",
+            "ready(); answer('first_token', prompt=128, ms=[], equal_share=1.0)",
             {"peers": ["vllm"]},
             1,
             r"vllm: its worker gave \[\] as times; expected positive numbers",

@@ -10,7 +10,7 @@
 //   w, w + 8, ... of 64 columns, and copies its own 64 bytes of 16 rows, for kMTiles tiles, through its own ring, kStages
 //   turns ahead. The sets take the block's groups of tiles in turn and never meet after x is ready.
 // Overlap: the rings are filled before the wait for earlier kernels. Weights straight into registers were as fast alone, and
-//   slow behind attention (docs/performance-gpu-kernels.md, I4).
+//   slow behind attention (docs/performance-gpu-quantized.md, I4).
 // Cost: the stored bytes once. Shared memory: rings | x | its factors | squares | norm weights | of each set: rows of its
 //   groups, sums of two groups, squares of its warps.
 #pragma once
