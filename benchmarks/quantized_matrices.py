@@ -73,7 +73,7 @@ class Matrix:
         found = []
         for start, stop in zip([0, *stops[:-1]], stops, strict=True):
             parts = (self.weight, self.scale, self.zero_point)
-            weight, scale, zero = (None if part is None else part[start:stop] for part in parts)
+            weight, scale, zero = (None if part is None else part.narrow(0, start, stop - start) for part in parts)
             assert weight is not None
             found.append(Matrix(self.format, (stop - start, self.shape[1]), weight, scale, zero, self.perm))
         return found

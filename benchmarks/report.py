@@ -118,7 +118,7 @@ _UNIT_TEXT = {
 
 
 def newest(rows: Sequence[Row], benchmark: str) -> list[Row]:
-    """Return the newest row for each contender, settings and GPU, in order of the first ones; of `latency` only ours."""
+    """Return the newest row for each contender, settings and GPU, in order of the first; of `latency` only ours."""
     latest: dict[str, Row] = {}
     for row in rows:
         if row["benchmark"] == benchmark and (benchmark != "latency" or row["contender"] == OURS):

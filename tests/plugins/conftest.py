@@ -9,6 +9,8 @@ import pytest
 
 from qwen_rt.errors import MissingDependencyError
 
+from .ort_stub.kit import Stub, compile_stub
+
 if TYPE_CHECKING:
     from qwen_rt.benchmarks.kernel_step import OpCaller
 
@@ -43,3 +45,15 @@ def seed(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Stub:
+    return compile_stub(tmp_path_factory.mktemp("ort_stub"))
+
+
+@pytest.fixture
+def stub(compiled: Stub) -> Iterator[Stub]:
+    compiled.library.stub_clear()
+    yield compiled
+    compiled.library.stub_clear()

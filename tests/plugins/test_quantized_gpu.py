@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qwen_rt.errors import QwenRtError, UnsupportedModelError
-from qwen_rt.ops import INT8_ROWS
 from qwen_rt.quantization import Scheme
 
 if TYPE_CHECKING:
@@ -23,121 +22,23 @@ from qwen_rt.benchmarks import kernel_references as references  # noqa: E402
 from qwen_rt.benchmarks.kernel_step import random_bf16  # noqa: E402
 from qwen_rt.benchmarks.quantized_matrices import Matrix, random_matrix  # noqa: E402
 
-from .gpu_kit import (  # noqa: E402
-    EPSILON,
-    MODELS,
-    NANO,
-    alike,
-    check,
-    nan_bf16,
-    norm_weight,
-    residual_rows,
-    takes_products,
+from .gpu_kit import EPSILON, MODELS, NANO, alike, check, nan_bf16, norm_weight, takes_products  # noqa: E402
+from .quantized_kit import (  # noqa: E402
+    FEW_MODELS,
+    MAIN,
+    ROWS,
+    SCHEMES,
+    cases,
+    fits,
+    hidden_rows,
+    is_fine,
+    pair_of,
+    qkv_of,
+    run_head,
+    run_pair,
+    run_qkv,
+    run_residual,
 )
-
-SCHEMES = (
-    Scheme("fp8"),
-    Scheme("fp8", 128),
-    Scheme("fp8", 32),
-    Scheme("int8"),
-    Scheme("int8", symmetric=False),
-    Scheme("int8", 128, symmetric=False),
-    Scheme("int8", 64),
-    Scheme("int4", 128),
-    Scheme("int4", 128, symmetric=False),
-    Scheme("int4", 128, symmetric=False, permuted=True),
-    Scheme("int4", 64, symmetric=False),
-    Scheme("int4", 32),
-    Scheme("int4", 16, symmetric=False),
-    Scheme("int4", 256),
-    Scheme("int4"),
-    Scheme("int8", permuted=True),
-)
-MAIN = (Scheme("fp8"), Scheme("int8"), Scheme("int4", 128), Scheme("int4", 128, symmetric=False))
-ROWS = (1, 3, 7, 16, 19, 32, 64)
-FEW_MODELS = ("nano", "0.5b", "1.5b", "7b")
-
-
-def fits(scheme: Scheme, *columns: int) -> bool:
-    return all(scheme.group_size == 0 or count % scheme.group_size == 0 for count in columns)
-
-
-def is_fine(scheme: Scheme) -> bool:
-    """Whether the kernel rounds the weights to bf16."""
-    return 0 < scheme.group_size < (128 if scheme.format == "int4" else 64)
-
-
-def hidden_rows(rows: int, hidden: int) -> torch.Tensor:
-    """As `residual_rows`, but no channel is so large that its rounding alone decides the error of a sum."""
-    x = residual_rows(rows, hidden)
-    x[:, 5] *= 0.02
-    return x
-
-
-def cases(models: tuple[str, ...], schemes: tuple[Scheme, ...]) -> list[Any]:
-    return [pytest.param(m, s, id=f"{m} {s}") for m in models for s in schemes]
-
-
-def qkv_of(model: str, scheme: Scheme | None) -> list[Matrix]:
-    s = MODELS[model]
-    q_width, kv_width = s.heads * s.head_dim, s.kv_heads * s.head_dim
-    q = random_matrix(scheme, q_width, s.hidden)
-    return [q, *(random_matrix(scheme, kv_width, s.hidden, perm=q.perm) for _ in range(2))]
-
-
-def pair_of(model: str, scheme: Scheme) -> list[Matrix]:
-    s = MODELS[model]
-    gate = random_matrix(scheme, s.ffn, s.hidden)
-    return [gate, random_matrix(scheme, s.ffn, s.hidden, perm=gate.perm)]
-
-
-def run_qkv(
-    call: OpCaller,
-    hidden: Any,
-    norm: Any,
-    matrices: list[Matrix],
-    biases: list[Any],
-    weight_format: float | None = None,
-) -> Any:
-    out = nan_bf16(hidden.shape[0], sum(m.shape[0] for m in matrices))
-    tensors: dict[str, Any] = {"hidden": hidden, "norm_weight": norm, "qkv": out}
-    for name, matrix, bias in zip("qkv", matrices, biases, strict=True):
-        tensors |= matrix.tensors(f"{name}_") | {f"{name}_bias": bias}
-    kind = matrices[0].weight_format if weight_format is None else weight_format
-    call("rmsnorm_qkv", tensors, epsilon=EPSILON, weight_format=kind)
-    return out
-
-
-def run_pair(call: OpCaller, hidden: Any, norm: Any, matrices: list[Matrix], weight_format: float | None = None) -> Any:
-    out = nan_bf16(hidden.shape[0], matrices[0].shape[0])
-    tensors = {"hidden": hidden, "norm_weight": norm, "activation": out}
-    tensors |= matrices[0].tensors("gate_") | matrices[1].tensors("up_")
-    kind = matrices[0].weight_format if weight_format is None else weight_format
-    call("rmsnorm_gate_up_silu", tensors, epsilon=EPSILON, weight_format=kind)
-    return out
-
-
-def run_residual(
-    call: OpCaller,
-    op: str,
-    x: Any,
-    matrix: Matrix,
-    residual: Any,
-    out: Any = None,
-    weight_format: float | None = None,
-) -> Any:
-    out = nan_bf16(*residual.shape) if out is None else out
-    name = "attention" if op == "o_proj_residual" else "activation"
-    tensors = {name: x, "residual": residual, "out": out} | matrix.tensors()
-    call(op, tensors, weight_format=matrix.weight_format if weight_format is None else weight_format)
-    return out
-
-
-def run_head(call: OpCaller, hidden: Any, norm: Any, matrix: Matrix) -> Any:
-    out = torch.full((hidden.shape[0], matrix.shape[0]), float("nan"), device="cuda")
-    tensors = {"hidden": hidden, "norm_weight": norm, "logits": out} | matrix.tensors()
-    call("lm_head", tensors, epsilon=EPSILON, weight_format=matrix.weight_format)
-    return out
 
 
 @pytest.mark.parametrize(("model", "scheme"), [*cases(FEW_MODELS, SCHEMES), *cases(("72b",), MAIN)])
@@ -302,73 +203,6 @@ def test_embed(call: OpCaller, scheme: Scheme) -> None:
     call("embed", tensors, weight_format=table.weight_format)
     assert out[0].isnan().all()
     assert not out[1:].isnan().any()
-
-
-# ---- many rows ----
-
-
-@pytest.mark.parametrize("rows", [65, 999])
-@pytest.mark.parametrize(("model", "scheme"), cases(("nano", "1.5b", "7b"), SCHEMES))
-def test_prefill(call: OpCaller, model: str, scheme: Scheme, rows: int) -> None:
-    s = MODELS[model]
-    if not fits(scheme, s.hidden, s.ffn):
-        pytest.skip("such groups do not divide the columns")
-    sm = torch.cuda.get_device_capability()
-    fp8 = scheme == Scheme("fp8") and sm == (9, 0)
-    fine = {"is_prefill": True, "is_fine": not fp8, "is_fp8": fp8}
-    x, norm = hidden_rows(rows, s.hidden), norm_weight(s.hidden)
-    qkv = qkv_of(model, scheme)
-    biases = [random_bf16(m.shape[0]) for m in qkv]
-    out = run_qkv(call, x, norm, qkv, biases)
-    check("rmsnorm_qkv", out, references.rmsnorm_qkv(x, norm, qkv, biases, EPSILON, fp8=fp8), **fine)
-    assert torch.equal(run_qkv(call, x, norm, qkv, biases), out), "other bits the second time"
-    pair = pair_of(model, scheme)
-    reference = references.rmsnorm_gate_up_silu(x, norm, *pair, EPSILON, fp8=fp8)
-    check("rmsnorm_gate_up_silu", run_pair(call, x, norm, pair), reference, **fine)
-    down, y = random_matrix(scheme, s.hidden, s.ffn), random_bf16(rows, s.ffn)
-    reference = references.o_proj_residual(y, down, x, fp8=fp8)
-    residual = x.clone()
-    run_residual(call, "down_residual", y, down, residual, residual)
-    for part in torch.tensor_split(torch.arange(rows), 8):
-        check("down_residual", residual[part], reference[part], **fine)
-    assert call.counters_are_zero()
-
-
-@pytest.mark.parametrize(("rows", "sequences"), [(10, 2), (999, 16), (64, 64)])
-@pytest.mark.parametrize("scheme", [*MAIN, Scheme("int4", 128, permuted=True)], ids=str)
-def test_the_last_projection_takes_the_chosen_rows(call: OpCaller, scheme: Scheme, rows: int, sequences: int) -> None:
-    s = MODELS["1.5b"]
-    width = s.heads * s.head_dim
-    x, matrix, residual = random_bf16(rows, width), random_matrix(scheme, s.hidden, width), random_bf16(rows, s.hidden)
-    indices = torch.randperm(rows, device="cuda")[:sequences] if rows > sequences else torch.arange(rows, device="cuda")
-    out = nan_bf16(sequences, s.hidden)
-    tensors = {"attention": x, "indices": indices, "residual": residual, "out": out} | matrix.tensors()
-    call("select_o_proj_residual", tensors, weight_format=matrix.weight_format)
-    alone = run_residual(call, "o_proj_residual", x[indices], matrix, residual[indices])
-    check("o_proj_residual", out, references.o_proj_residual(x[indices], matrix, residual[indices]))
-    assert torch.equal(out, alone) or takes_products(sequences, scheme)
-
-
-@pytest.mark.parametrize("rows", [65, 999, 3000])
-@pytest.mark.parametrize("model", ["nano", "1.5b", "7b"])
-def test_prefill_that_rounds_activations_to_int8(call: OpCaller, model: str, rows: int) -> None:
-    s = MODELS[model]
-    x, norm, scheme = hidden_rows(rows, s.hidden), norm_weight(s.hidden), Scheme("int8")
-    qkv, pair, down = qkv_of(model, scheme), pair_of(model, scheme), random_matrix(scheme, s.hidden, s.ffn)
-    biases, y = [random_bf16(m.shape[0]) for m in qkv], random_bf16(rows, s.ffn)
-
-    out = run_qkv(call, x, norm, qkv, biases, INT8_ROWS)
-    check("rmsnorm_qkv", out, references.rmsnorm_qkv(x, norm, qkv, biases, EPSILON, int8=True), is_fp8=True)
-    reference = references.rmsnorm_gate_up_silu(x, norm, *pair, EPSILON, int8=True)
-    check("rmsnorm_gate_up_silu", run_pair(call, x, norm, pair, INT8_ROWS), reference, is_fp8=True)
-    added = run_residual(call, "down_residual", y, down, x, weight_format=INT8_ROWS)
-    reference = references.o_proj_residual(y, down, x, int8=True)
-    for part in torch.tensor_split(torch.arange(rows), 8):
-        check("down_residual", added[part], reference[part], is_fp8=True)
-    x[3, 4] = float("nan")
-    spoilt = run_qkv(call, x, norm, qkv, biases, INT8_ROWS)
-    assert spoilt[3].isnan().all()
-    assert torch.equal(spoilt[4:], out[4:])
 
 
 # ---- refusals ----
