@@ -138,11 +138,13 @@ class DecodeStep:
             {
                 "norm1": 1 + random_bf16(s.hidden, std=0.1),
                 "norm2": 1 + random_bf16(s.hidden, std=0.1),
-                "q_bias": bias[:q_width],
-                "k_bias": bias[q_width : q_width + kv_width],
-                "v_bias": bias[q_width + kv_width :],
+                "q_bias": bias[0],
+                "k_bias": bias[1],
+                "v_bias": bias[2],
             }
-            for bias in (random_bf16(q_width + 2 * kv_width) for _ in range(self.num_layers))
+            for bias in (
+                random_bf16(q_width + 2 * kv_width).split([q_width, kv_width, kv_width]) for _ in range(self.num_layers)
+            )
         ]
         self.norm = 1 + random_bf16(s.hidden, std=0.1)
         self.table = random_bf16(s.vocab, s.hidden, std=std)
