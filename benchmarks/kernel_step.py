@@ -143,7 +143,8 @@ class DecodeStep:
                 "v_bias": bias[2],
             }
             for bias in (
-                random_bf16(q_width + 2 * kv_width).split([q_width, kv_width, kv_width])  # type: ignore[no-untyped-call] for _ in range(self.num_layers)
+                torch.split(random_bf16(q_width + 2 * kv_width), [q_width, kv_width, kv_width])
+                for _ in range(self.num_layers)
             )
         ]
         self.norm = 1 + random_bf16(s.hidden, std=0.1)
