@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from qwen_rt.benchmarks.bench_latency import Gpu, Model
-from qwen_rt.benchmarks.latency import Plan, check_tokens
+from qwen_rt.benchmarks.latency import Plan, check_tokens, tie_of
 from qwen_rt.benchmarks.profile.cupti import Activity, Cupti, CuptiError
 from qwen_rt.benchmarks.profile.floors import Floors, Rates, decode_floors, prefill_floors
 from qwen_rt.benchmarks.profile.gpu_steps import HostSpan, Prefixes, record_decode, record_prefill, time_prefixes
@@ -201,7 +201,7 @@ def profile_model(
     found = []
     with model.start(gpu, plan) as (timed, _):
         session = cast("CudaSession", timed)
-        check_tokens(session)
+        check_tokens(session, tie=tie_of(model.precision, model.kv_format))
         length = prompt + steps / 2
         floors = decode_floors(model.shape, matrices, model.kv_format, rows, length, rates)
         alone_us = 1e3 * statistics.median(session.time_decode(rows, prompt, max(steps, 8)))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -190,6 +193,42 @@ def test_rows_do_not_depend_on_batch_mates(call: OpCaller, model: str, scheme: S
             for part in (slice(0, rows), slice(most - rows, most)):
                 for got, want in zip(layer(some[part].contiguous()), together, strict=True):
                     assert torch.equal(got, want[part]), f"rows {part}"
+
+
+_INVARIANT = """
+import torch
+from qwen_rt.benchmarks.kernel_step import OpCaller, random_bf16
+from qwen_rt.benchmarks.quantized_matrices import random_matrix
+from qwen_rt.plugins.library import load
+from qwen_rt.quantization import Scheme
+
+torch.manual_seed(1)
+call = OpCaller(load())
+x, residual, matrix = random_bf16(3, 1536), random_bf16(3, 1536), random_matrix(Scheme("fp8"), 1536, 1536)
+
+
+def run(rows):
+    out = torch.empty(rows, 1536, dtype=torch.bfloat16, device="cuda")
+    tensors = {"attention": x[:rows].contiguous(), "residual": residual[:rows].contiguous(), "out": out}
+    call("o_proj_residual", tensors | matrix.tensors(), weight_format=matrix.weight_format)
+    return out
+
+
+print(torch.equal(run(1), run(3)[:1]))
+"""
+
+
+def test_one_row_has_the_bits_of_more_where_that_is_asked_for() -> None:
+    """In a process of its own, because the library reads the variable once."""
+    child = subprocess.run(
+        [sys.executable, "-c", _INVARIANT],
+        env=os.environ | {"QWEN_RT_BATCH_INVARIANT": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert child.stdout.split() == ["True"]
 
 
 @pytest.mark.parametrize("scheme", [Scheme("fp8"), Scheme("int8"), Scheme("fp8", 128)], ids=str)
