@@ -3,16 +3,16 @@
 //
 // Idea: weights are never touched by an instruction of ours. They go from memory to shared memory as stored, e4m3 or int8,
 //   and wgmma multiplies them there; x, which is small, is what gets converted, into two 8-bit terms (wide_x.cuh). A warp
-//   per 8 rows does all that is left: reads x, adds up. The mma kernel (skinny_gemm.cuh) needs an instruction for every 34
-//   weights, which is what bounds it; this one about one for every 500.
+//   per 8 rows does all that is left: reads x, adds up. The mma kernel (skinny_gemm.cuh) converts weights, and x again for every
+//   group of tiles, which is what bounds it at many rows. What was tried: docs/performance-gpu-quantized.md, 23 to 27.
 // Numerics: fp8: products of 8-bit numbers, added up by the tensor cores over 128 columns, which keeps some 14 bits of the
 //   largest term; then f32. int8: exact over 128 columns, then f32. Every eighth step is added up in ascending order, then
 //   the eight sums are added in order: the same for every number of rows and every variant, so a row's result is bit for bit
-//   the same alone, among any batch mates, and on any number of SMs. Norm and scales as in skinny_gemm.cuh.
+//   the same among 3 to 32 rows, and on any number of SMs. Norm and scales as in skinny_gemm.cuh.
 // Mapping: a persistent grid of one block per SM; block b owns the units [b U / G, (b + 1) U / G), kN weight rows at a time. A
 //   stage of the ring holds 512 columns of them: four steps of 128, a line in the 128-byte swizzle each. wgmma has room for
-//   64 rows of operand A, and takes no less time for fewer rows or for fewer than 64 rows of operand B. So kSide steps lie
-//   beside each other: B is kSide · kN lines; of A, 16 rows are the high and low terms of 8 rows of x in one step, in the
+//   64 rows of operand A, and seems to take no less time for fewer rows or for fewer than 64 rows of operand B. So kSide steps
+//   lie beside each other: B is kSide · kN lines; of A, 16 rows are the high and low terms of 8 rows of x in one step, in the
 //   registers of one warp. Of the product only what a step's x has to do with the same step's weights is used: a warp's
 //   own columns. Up to 8 rows of x, all four steps are one product; up to 16 rows two, up to 32 rows one.
 //   Two warpgroups multiply every second stage; four warps do nothing but copy. They meet at barriers in shared memory, so

@@ -11,7 +11,7 @@
 //
 // Numerics, mapping: up to 32 rows, or 64 of a weight that takes_products() leaves, common/skinny_gemm.cuh, more
 //   common/prefill.cuh; both add the residual in f32 before the one rounding to bf16.
-// Workspace: up to 32 rows none for bf16, else room for permuted x; more rows: the counters (not used), cuBLASLt's, and of
+// Workspace: up to 32 rows none for bf16, else room for permuted or prepared x; more rows: the counters (not used), cuBLASLt's, and of
 //   quantized weights those of common/prefill.cuh.
 // Preconditions (the launcher checks): width a multiple of 64, 16-byte aligned pointers; above 64 rows cuBLASLt, hidden a
 //   multiple of 8; a workspace aligned to 256 bytes.
