@@ -8,10 +8,12 @@ stay outside the text and are an op of their own, `other`.
 |--------|--------------------------------------------------------------------|
 | `e`    | `embed_kernel`                                                     |
 | `a`    | attention, and writing the cache before it                         |
-| `S` `s`| `skinny_gemm` with and without a norm                              |
+| `S` `s`| `skinny_gemm` and its int4 kernels, with and without a norm        |
+| `x` `w`| rows prepared for the next, and 8-bit kernels that take either     |
 | `r` `g`| columns in another order, rows of their own, before a product      |
 | `n` `q`| a prefill's norm, and rows rounded to fp8 without one              |
 | `d` `m`| a slab of a matrix in bf16, a product of cuBLASLt                  |
+| `i`    | scales on a slab of integer products                               |
 | `u`    | SiLU of a prefill's gate and up                                    |
 | `p`    | sampling                                                           |
 """
@@ -30,27 +32,32 @@ _OURS = "qwen_rt"
 _LETTERS = (
     ("e", r"embed_kernel"),
     ("S", r"skinny_gemmI(?:(?!Lb).)*Lb1E"),  # the first flag of the template is the norm
-    ("s", r"skinny_gemm"),
+    ("S", r"skinny_int4_\w+ILb1E"),
+    ("s", r"skinny_gemm|skinny_int4"),
+    ("x", r"prepare_rows"),
+    ("w", r"wide_gemm|skinny_8bit_few"),
     ("a", r"attention_\w*kernel|prefill_append|dequantize_cache"),
     ("r", r"reorder_kernel"),
     ("g", r"gather_kernel"),
     ("n", r"row_kernelI(?:(?!Lb).)*Lb1E"),
     ("q", r"row_kernel"),
     ("d", r"dequantize_kernel"),
-    ("u", r"gate_kernel"),
+    ("i", r"finish_integers_kernel"),
+    ("u", r"gate_(?:integers_)?kernel"),
     ("p", r"(?:greedy|choose|edit|logprob|select|mass)_kernel"),
 )
 _LIBRARY = re.compile(r"nvjet|gemm|cutlass|splitK|cublas|xmma", re.IGNORECASE)
-_PRODUCT = "[dm]*m"
+_PRODUCT = "[dmi]*[mi]"
+_EITHER = "xwxw|x?w"  # more than 32 rows of int8 go in two
 _PATTERNS = {
     "embed": "e",
-    "rmsnorm_qkv": f"r?S+|n{_PRODUCT}",
+    "rmsnorm_qkv": f"r?S+|{_EITHER}|n{_PRODUCT}",
     "rope_kv_append_attention": "a+",
-    "o_proj_residual": f"r?s+|q?{_PRODUCT}",
-    "select_o_proj_residual": "g?r?s+",
-    "rmsnorm_gate_up_silu": f"r?S+|n{_PRODUCT}u",
-    "down_residual": f"r?s+|q?{_PRODUCT}",
-    "lm_head": "r?S+",
+    "o_proj_residual": f"r?s+|{_EITHER}|q?{_PRODUCT}",
+    "select_o_proj_residual": f"g?r?s+|g?(?:{_EITHER})|g?q?{_PRODUCT}",
+    "rmsnorm_gate_up_silu": f"r?S+|{_EITHER}|n(?:{_PRODUCT}u)+",
+    "down_residual": f"r?s+|{_EITHER}|q?{_PRODUCT}",
+    "lm_head": f"r?S+|{_EITHER}",
     "sample": "p+",
 }
 

@@ -40,6 +40,23 @@ DECODE = {
 }
 """Op → its kernels in a decode step of bf16."""
 
+FEW = "_ZN7qwen_rt15skinny_8bit_fewILNS_6FormatE1ELi2ELi1ELi4ELi2EEEvNS_12SkinnyParamsENS_14FewBytesLayoutE"
+WIDE = "_ZN7qwen_rt9wide_gemmILNS_6FormatE1ELi48ELi4ELi7ELb0EEEvNS_10WideParamsE"
+PREPARE = "_ZN7qwen_rt12prepare_rowsILNS_6FormatE1EEEvPK13__nv_bfloat16S4_PhPfii"
+FINISH = "_ZN7qwen_rt22finish_integers_kernelENS_11IntegerSumsEPK13__nv_bfloat16"
+GATE_INTEGERS = "_ZN7qwen_rt20gate_integers_kernelENS_11IntegerSumsES0_P13__nv_bfloat16i"
+
+
+def int4(kind: str, has_norm: bool) -> str:
+    """A kernel of int4 matrices and few rows."""
+    return f"_ZN7qwen_rt{12 + len(kind)}skinny_int4_{kind}ILb{int(has_norm)}ELb0ELi2ELi4ELi1EEEvNS_12SkinnyParamsE"
+
+
+_MATRICES = ("rmsnorm_qkv", "o_proj_residual", "select_o_proj_residual", "rmsnorm_gate_up_silu", "down_residual")
+FP8_ROW = DECODE | {"rmsnorm_qkv": [FEW], "o_proj_residual": [FEW], "select_o_proj_residual": [FEW]}
+FP8_ROWS = DECODE | {key: [PREPARE, WIDE] for key in _MATRICES}
+INT8_ROWS = DECODE | {key: [PREPARE, WIDE, PREPARE, WIDE] for key in _MATRICES}
+INT4_ROW = DECODE | {op: [int4("direct" if "o_proj" in op else "ring", "rmsnorm" in op)] for op in _MATRICES}
 PREFILL = DECODE | {
     "rmsnorm_qkv": [NORM, LIBRARY],
     "rope_kv_append_attention": [APPEND, OVER_CACHE],
@@ -47,6 +64,12 @@ PREFILL = DECODE | {
     "select_o_proj_residual": [GATHER, skinny(False)],
     "rmsnorm_gate_up_silu": [NORM, LIBRARY, GATE],
     "down_residual": [LIBRARY],
+}
+INT8_PREFILL = PREFILL | {
+    "rmsnorm_qkv": [NORM, LIBRARY, FINISH],
+    "o_proj_residual": [ROUND, LIBRARY, FINISH, LIBRARY, FINISH],
+    "rmsnorm_gate_up_silu": [NORM, LIBRARY, LIBRARY, GATE_INTEGERS, LIBRARY, LIBRARY, GATE_INTEGERS],
+    "down_residual": [ROUND, LIBRARY, FINISH],
 }
 """The same in a prefill."""
 

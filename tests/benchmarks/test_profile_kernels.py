@@ -80,7 +80,11 @@ def test_the_letters_of_the_sources() -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 2, 28, 80])
-@pytest.mark.parametrize("of_op", [kit.DECODE, kit.PREFILL])
+@pytest.mark.parametrize(
+    "of_op",
+    [kit.DECODE, kit.PREFILL, kit.FP8_ROW, kit.FP8_ROWS, kit.INT8_ROWS, kit.INT4_ROW, kit.INT8_PREFILL],
+    ids=["decode", "prefill", "fp8-row", "fp8-rows", "int8-rows", "int4-row", "int8-prefill"],
+)
 def test_kernels_find_their_ops(layers: int, of_op: dict[str, list[str]]) -> None:
     ops = ops_of_step(layers)
     names = [name for op in ops for name in of_op[op]]
