@@ -1,12 +1,17 @@
 """Logits of a cuda bundle beside transformers in float32, on a checkpoint of released shapes and random weights.
 
     python -m qwen_rt.benchmarks.bench_cuda_parity --precision bf16 fp8 int8 int4 --drawn depth-scaled
+    python -m qwen_rt.benchmarks.bench_cuda_parity --through references --precision fp8 int8 int4 --drawn depth-scaled
 
 Writes a checkpoint of that many layers, builds a bundle of target cuda in every precision, feeds a prompt in one call
 and then token by token, and compares the logits after every one of these steps with those of transformers in float32,
 on the checkpoint's bf16 weights. Of a quantized bundle they are also compared with transformers on the bundle's own
 numbers, which tells a wrong kernel from a coarse number. The session rounds activations to bf16; a prefill on fp8
 matrices rounds them to fp8.
+
+`--through references` needs no GPU: the bundle's graph runs through the numpy references of its ops, which round where
+the kernels do but add up in float64 (benchmarks/reference_graph.py). Its rows say so by their contender; they show what
+rounding costs, not that a kernel is right. Takes 12 GB of memory and some 40 s a precision on two cores.
 
 How much of an error arrives at the logits is up to the weights. `plain` ones are normal, deviation 0.02, embeddings
 too: every layer writes far more into the residual stream than it found there, so an error of 0.2 %, bf16's, has become
@@ -18,6 +23,7 @@ by some 20 %, as in trained models.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -35,6 +41,7 @@ from qwen_rt.benchmarks.checkpoints import write_repeated
 from qwen_rt.benchmarks.harness import new_run, versions, write_row
 from qwen_rt.benchmarks.kernel_shapes import SHAPES
 from qwen_rt.benchmarks.measure import package_python
+from qwen_rt.benchmarks.reference_graph import ROUNDED, ReferenceGraph
 from qwen_rt.benchmarks.verify_reference import load_reference
 from qwen_rt.bundle import Bundle
 from qwen_rt.checkpoint import Checkpoint
@@ -73,7 +80,10 @@ DRAWN = {
         "normal, deviation 0.02; o_proj and down_proj 0.0025; embeddings 1.28; norms 1", _SCALED, 0.998
     ),
 }
-_NUM_READERS = 8
+CONTENDERS = {"kernels": "qwen-rt", "references": "qwen-rt references on a CPU"}
+"""What computes the logits → contender of its rows."""
+
+_MAX_READERS = 8
 PROMPT = 200
 STEPS = 24
 ROWS = (1, 5)
@@ -81,19 +91,20 @@ ROWS = (1, 5)
 
 
 class Reference:
-    """transformers' model of a checkpoint in float32 on the GPU, whose matrices may become those of a bundle.
+    """transformers' model of a checkpoint in float32, whose matrices may become those of a bundle.
 
     Args:
         checkpoint: bf16.
         tokens: The sequence that it reads.
+        device: `cuda` or `cpu`.
     """
 
-    def __init__(self, checkpoint: Path, tokens: NDArray[np.int64]) -> None:
+    def __init__(self, checkpoint: Path, tokens: NDArray[np.int64], device: str) -> None:
         import torch
 
         torch.backends.cuda.matmul.allow_tf32 = False
-        self._model: Any = load_reference(Checkpoint.open(checkpoint)).cuda()
-        self._ids = torch.from_numpy(tokens)[None].cuda()
+        self._model: Any = load_reference(Checkpoint.open(checkpoint)).to(device)
+        self._ids = torch.from_numpy(tokens)[None].to(device)
 
     def logits(self) -> NDArray[np.float32]:
         """Return the logits f32[STEPS + 1, V] at the last positions."""
@@ -109,7 +120,8 @@ class Reference:
 
         quantization = bundle.manifest.quantization
         schemes = {} if quantization is None else quantization.weights
-        with StoredRows(bundle.tensors(), schemes) as rows, ThreadPoolExecutor(_NUM_READERS) as pool:
+        num_readers = min(_MAX_READERS, os.cpu_count() or 1)  # each holds a matrix in float32, and more
+        with StoredRows(bundle.tensors(), schemes) as rows, ThreadPoolExecutor(num_readers) as pool:
 
             def copy(name: str) -> None:
                 parameter = self._model.get_parameter(name).data
@@ -167,39 +179,54 @@ def cosines(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[
     return (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))  # type: ignore[no-any-return]
 
 
-def measure(
-    bundle: Bundle, model: Reference, tokens: NDArray[np.int64], reference: NDArray[np.float32], min_own: float
+def own_logits(bundle: Bundle, model: Reference, reference: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the logits on the bundle's own numbers in float32, which the model takes; of bf16 they are `reference`."""
+    if bundle.manifest.quantization is None:
+        return reference
+    model.take(bundle)
+    return model.logits()
+
+
+def kernel_logits(bundle: Bundle, tokens: NDArray[np.int64]) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    """Return the logits f32[STEPS + 1, V] of a sequence alone, and facts for the check."""
+    with CudaSession(bundle, kv_memory=1 << 30) as session:
+        alone, among = (session_logits(session, tokens, rows) for rows in ROWS)
+    return alone, {"rows_bit_equal": bool(np.array_equal(alone, among))}
+
+
+def reference_logits(bundle: Bundle, tokens: NDArray[np.int64]) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    """Return the same through the references of the ops."""
+    graph = ReferenceGraph(bundle, len(tokens))
+    prompt = graph.prefill(tokens[:PROMPT])
+    quantization = bundle.manifest.quantization
+    precision = "bf16" if quantization is None else next(iter(quantization.weights.values())).format
+    return np.concatenate([prompt[None], graph.steps(tokens[PROMPT:])]), {"rounded": ROUNDED[precision]}
+
+
+def compare(
+    found: NDArray[np.float32], own: NDArray[np.float32], reference: NDArray[np.float32], min_own: float
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Compare a bundle's logits.
+    """Compare a bundle's logits, f32[STEPS + 1, V] each.
 
     Args:
-        bundle: Of target cuda.
-        model: Takes the bundle's matrices.
-        tokens: The sequence.
-        reference: f32[STEPS + 1, V] of the checkpoint's weights.
-        min_own: Least cosine with float32 on the bundle's own weights.
+        found: Of the bundle.
+        own: float32 on the bundle's own weights.
+        reference: float32 on the checkpoint's weights.
+        min_own: Least cosine with `own`.
 
     Returns:
         Metrics, and the check.
     """
-    own = reference
-    if bundle.manifest.quantization is not None:
-        model.take(bundle)
-        own = model.logits()
-    with CudaSession(bundle, kv_memory=1 << 30) as session:
-        alone, among = (session_logits(session, tokens, rows) for rows in ROWS)
-    equal, finite = bool(np.array_equal(alone, among)), bool(np.isfinite(alone).all())
-    with_own = cosines(own, alone)
+    with_own = cosines(own, found)
     metrics = {
-        "logits_cosine_ratio": float(cosines(reference, alone).min()),
-        "logits_relative_error_ratio": float(np.linalg.norm(alone - reference) / np.linalg.norm(reference)),
-        "same_best_token_ratio": float(np.mean(reference.argmax(1) == alone.argmax(1))),
+        "logits_cosine_ratio": float(cosines(reference, found).min()),
+        "logits_relative_error_ratio": float(np.linalg.norm(found - reference) / np.linalg.norm(reference)),
+        "same_best_token_ratio": float(np.mean(reference.argmax(1) == found.argmax(1))),
         "own_weights_cosine_ratio": float(with_own.min()),
         "own_weights_prefill_cosine_ratio": float(with_own[0]),
     }
-    what = f"cosines with float32 on the bundle's own weights >= {min_own}; rows bit-equal alone and among others"
-    passed = finite and equal and metrics["own_weights_cosine_ratio"] >= min_own
-    return metrics, {"passed": passed, "what": what, "rows_bit_equal": equal}
+    passed = bool(np.isfinite(found).all()) and metrics["own_weights_cosine_ratio"] >= min_own
+    return metrics, {"passed": passed, "what": f"cosines with float32 on the bundle's own weights >= {min_own}"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -215,51 +242,67 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--drawn", nargs="+", default=["plain"], choices=list(DRAWN), help="how weights are drawn (default: plain)"
     )
+    parser.add_argument(
+        "--through",
+        default="kernels",
+        choices=list(CONTENDERS),
+        help="what runs the graph: kernels on a GPU, or their references on the CPU (default: kernels)",
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="of the rows (default: benchmarks/results)")
     parser.add_argument("--dry-run", action="store_true", help="write no result rows")
     args = parser.parse_args(argv)
     shape = SHAPES[args.model].with_layers(args.layers)
     tokens = np.random.default_rng(5).integers(0, shape.vocab, PROMPT + STEPS)
     run, missed, name = new_run(), 0, f"{args.model}-{args.layers}-layers"
+    on_gpu = args.through == "kernels"
     for drawn in args.drawn:
         with tempfile.TemporaryDirectory() as scratch:
             checkpoint = Path(scratch, "checkpoint")
             checkpoint.mkdir()
             write_repeated(checkpoint, shape.config(), factors=DRAWN[drawn].factors)
             builds = start_builds(checkpoint, args.precision)
+            bundles, owns = {}, {}
             try:
-                model = Reference(checkpoint, tokens)
+                model = Reference(checkpoint, tokens, "cuda" if on_gpu else "cpu")
                 reference = model.logits()
                 for precision, build in builds.items():
                     finish(build)
-                    bundle = Bundle.open(checkpoint.parent / precision, "size")
-                    metrics, check = measure(bundle, model, tokens, reference, DRAWN[drawn].min_own_cosine)
-                    value, limit = metrics["logits_cosine_ratio"], MIN_COSINE[precision]
-                    print(f"{name}, {drawn}, {precision}: {metrics}")
-                    print(
-                        "logits among four others:", "bit-equal" if check["rows_bit_equal"] else "DIFFERENT", flush=True
-                    )
-                    missed += value < limit or not check["passed"]
-                    if args.dry_run or not check["passed"]:
-                        continue
-                    settings = {"model": name, "precision": precision, "prompt": PROMPT, "steps": STEPS}
-                    settings |= {"rows": list(ROWS), "drawn": drawn, "weights": DRAWN[drawn].text}
-                    write_row(
-                        "cuda_accuracy",
-                        "qwen-rt",
-                        metrics,
-                        settings,
-                        check=check,
-                        run=run,
-                        used=versions("onnxruntime-gpu", "torch", "transformers"),
-                        gpu=describe_gpu(0),
-                        bars={"logits_cosine": {"limit": limit, "value": round(value, 5), "met": value >= limit}},
-                        file=args.output,
-                    )
+                    bundles[precision] = Bundle.open(checkpoint.parent / precision, "size")
+                    owns[precision] = own_logits(bundles[precision], model, reference)
+                del model
             finally:
                 for build in builds.values():
                     build.kill()
                     build.wait()
+            for precision, bundle in bundles.items():
+                found, facts = (kernel_logits if on_gpu else reference_logits)(bundle, tokens)
+                metrics, check = compare(found, owns[precision], reference, DRAWN[drawn].min_own_cosine)
+                check |= facts
+                value, limit = metrics["logits_cosine_ratio"], MIN_COSINE[precision]
+                print(f"{name}, {drawn}, {precision}: {metrics}", flush=True)
+                if on_gpu:
+                    equal = check["rows_bit_equal"]
+                    check["what"] += "; rows bit-equal alone and among others"
+                    check["passed"] &= equal
+                    print("logits among four others:", "bit-equal" if equal else "DIFFERENT", flush=True)
+                missed += value < limit or not check["passed"]
+                if args.dry_run or not check["passed"]:
+                    continue
+                settings = {"model": name, "precision": precision, "prompt": PROMPT, "steps": STEPS}
+                settings |= {"rows": list(ROWS) if on_gpu else [1], "target": "cuda"}
+                settings |= {"drawn": drawn, "weights": DRAWN[drawn].text}
+                write_row(
+                    "cuda_accuracy",
+                    CONTENDERS[args.through],
+                    metrics,
+                    settings,
+                    check=check,
+                    run=run,
+                    used=versions("onnxruntime-gpu" if on_gpu else "ml_dtypes", "torch", "transformers"),
+                    gpu=describe_gpu(0) if on_gpu else None,
+                    bars={"logits_cosine": {"limit": limit, "value": round(value, 5), "met": value >= limit}},
+                    file=args.output,
+                )
     print(f"FAILED: {missed} comparisons" if missed else "passed")
     return 1 if missed else 0
 

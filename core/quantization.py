@@ -41,6 +41,7 @@ __all__ = [
     "GROUP_SIZES",
     "KV_FORMATS",
     "KV_LARGEST",
+    "MAX_FP8",
     "QuantizedTensor",
     "Scheme",
     "check_scheme",
@@ -65,6 +66,8 @@ KV_LARGEST: Mapping[str, float] = {"fp8": 448.0, "int8": 127.0}
 """The magnitude that the largest element of a head vector is stored as."""
 
 MAX_FP8 = 448.0
+"""The largest e4m3 number."""
+
 GROUP_SIZES = (16, 32, 64, 128, 256)
 """Columns that can share a scale; else the whole row does."""
 

@@ -19,6 +19,9 @@ at its outputs; sums stay float64. So a chain of ops shows what the kernels' rou
 | `down_residual`            | nothing                                                            | bf16         |
 | `lm_head`                  | as `rmsnorm_qkv` with few rows                                     | float32      |
 
+With more than 64 rows int8, int4 and fp8 in groups are rounded to bf16 before they are multiplied; with more than 32,
+fp8 matrices with a scale for each row multiply rows that are rounded to e4m3 (the norm, attention or activation).
+
 The op `sample` is in `qwen_rt.plugins.reference_sample`. Shapes use the table's dims (`qwen_rt.ops`).
 """
 
@@ -32,11 +35,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from onnx.reference.op_run import OpRun
 
-from qwen_rt.ops import DOMAIN, OPS, SKINNY_ROWS, PluginOp, find_op
+from qwen_rt.ops import DOMAIN, OPS, PluginOp, find_op
 from qwen_rt.plugins import reference
 from qwen_rt.plugins.reference_attention import rope_kv_append_attention
 from qwen_rt.plugins.reference_rounding import round_bf16, rounding
-from qwen_rt.plugins.reference_weights import matrix, table_rows
+from qwen_rt.plugins.reference_weights import Way, matrix, prefill_operands, table_rows, way_of
 
 __all__ = [
     "REFERENCES",
@@ -73,14 +76,15 @@ def round_outputs(op: PluginOp, outputs: tuple[NDArray[Any], ...]) -> tuple[NDAr
 
 
 def _normed_linear(
-    hidden: ArrayLike, norm_weight: ArrayLike, weights: list[F64], epsilon: float, bf16: bool
+    hidden: ArrayLike, norm_weight: ArrayLike, weights: list[F64], epsilon: float, bf16: bool, way: Way = "skinny"
 ) -> list[F64]:
     """`weight · (hidden / rms ∘ norm_weight)` for each weight; rounded before or after the division by rms."""
     normed = reference.rms_norm(hidden, norm_weight, epsilon)  # [rows, hidden]
     if not bf16:
         return [reference.linear(normed, weight) for weight in weights]
-    if len(normed) > SKINNY_ROWS:
-        return [reference.linear(round_bf16(normed), weight) for weight in weights]
+    if way != "skinny":
+        normed, weights = prefill_operands(way, normed, weights)
+        return [reference.linear(normed, weight) for weight in weights]
     x = np.asarray(hidden, np.float64)
     rms = np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + epsilon)  # [rows, 1]
     scaled = round_bf16(x * np.asarray(norm_weight, np.float64))
@@ -161,7 +165,8 @@ def rmsnorm_qkv(
         (v_weight, v_scale, v_zero_point),
     )
     weights = [matrix(weight, columns, weight_format, scale, zero, perm) for weight, scale, zero in parts_of]
-    products = _normed_linear(hidden, norm_weight, weights, epsilon, bf16)
+    way = way_of(len(np.asarray(hidden)), weight_format, q_scale, q_zero_point, perm)
+    products = _normed_linear(hidden, norm_weight, weights, epsilon, bf16, way)
     biases = (q_bias, k_bias, v_bias)
     parts = [x if b is None else x + np.asarray(b, np.float64) for x, b in zip(products, biases, strict=True)]
     return rounding(bf16)(np.concatenate(parts, axis=-1))
@@ -193,8 +198,12 @@ def o_proj_residual(
     Returns:
         f64[rows, hidden].
     """
-    weights = matrix(weight, np.asarray(attention).shape[1], weight_format, scale, zero_point, perm)
-    return rounding(bf16)(np.asarray(residual, np.float64) + reference.linear(attention, weights))
+    rows = np.asarray(attention)
+    weights = [matrix(weight, rows.shape[1], weight_format, scale, zero_point, perm)]
+    if bf16:
+        way = way_of(len(rows), weight_format, scale, zero_point, perm)
+        rows, weights = prefill_operands(way, rows, weights)
+    return rounding(bf16)(np.asarray(residual, np.float64) + reference.linear(rows, weights[0]))
 
 
 def select_o_proj_residual(
@@ -268,8 +277,9 @@ def rmsnorm_gate_up_silu(
     columns = np.asarray(hidden).shape[1]
     parts_of = ((gate_weight, gate_scale, gate_zero_point), (up_weight, up_scale, up_zero_point))
     weights = [matrix(weight, columns, weight_format, scale, zero, perm) for weight, scale, zero in parts_of]
-    gate, up = _normed_linear(hidden, norm_weight, weights, epsilon, bf16)
-    if bf16 and len(gate) > SKINNY_ROWS:
+    way = way_of(len(np.asarray(hidden)), weight_format, gate_scale, gate_zero_point, perm)
+    gate, up = _normed_linear(hidden, norm_weight, weights, epsilon, bf16, way)
+    if bf16 and way != "skinny":
         gate, up = round_bf16(gate), round_bf16(up)
     return rounding(bf16)(reference.silu(gate) * up)
 

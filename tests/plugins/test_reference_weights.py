@@ -8,8 +8,10 @@ import pytest
 from numpy.typing import NDArray
 
 from qwen_rt.ops import WEIGHT_FORMATS
+from qwen_rt.plugins import reference
 from qwen_rt.plugins import reference_ops as ops
-from qwen_rt.plugins.reference_weights import matrix
+from qwen_rt.plugins.reference_rounding import round_bf16, round_fp8_rows
+from qwen_rt.plugins.reference_weights import matrix, way_of
 from qwen_rt.quantization import QuantizedTensor, Scheme, dequantize, pack_nibbles
 
 ROWS, C, N, F, V = 3, 64, 40, 96, 50
@@ -116,3 +118,61 @@ def test_fp8_may_come_as_numbers_or_as_bits() -> None:
 def test_a_matrix_without_scales_is_refused() -> None:
     with pytest.raises(ValueError, match="format int8 has no scale"):
         matrix(np.zeros((2, 16), np.int8), 16, 2)
+
+
+PLAIN = {name: Scheme(name, 0 if name != "int4" else 32) for name in ("fp8", "int8", "int4")}
+
+
+@pytest.mark.parametrize("format_name", PLAIN)
+def test_what_many_rows_are_multiplied_as(format_name: str) -> None:
+    """Skinny kernels multiply stored numbers; beyond them fp8 rows meet fp8, and other matrices become bf16."""
+    scheme, rng = PLAIN[format_name], np.random.default_rng(6)
+    stored = random_matrix(scheme, N, C, 0)
+    weight = dequantize(stored).astype(np.float64)
+    most = 32 if format_name == "fp8" else 64
+    x, residual = round_bf16(rng.normal(size=(most + 1, C))), round_bf16(rng.normal(size=(most + 1, N)))
+
+    def run(num_rows: int) -> NDArray[np.float64]:
+        given = (x[:num_rows], stored.values, residual[:num_rows], stored.scale)
+        return ops.o_proj_residual(*given, bf16=True, **options(scheme))
+
+    exact = round_bf16(residual + reference.linear(x, weight))
+    np.testing.assert_array_equal(run(most), exact[:most])
+    many = run(most + 1)
+    assert (many != exact).any()
+    rows, matrix_of = (round_fp8_rows(x), weight) if format_name == "fp8" else (x, round_bf16(weight))
+    np.testing.assert_array_equal(many, round_bf16(residual + reference.linear(rows, matrix_of)))
+    np.testing.assert_array_equal(  # the norm is rounded alike
+        ops.rmsnorm_gate_up_silu(
+            x, np.ones(C), stored.values, stored.values, stored.scale, stored.scale,
+            epsilon=1e-6, bf16=True, **options(scheme),
+        ),
+        _gated(x, weight, is_fp8=format_name == "fp8"),
+    )  # fmt: skip
+
+
+def _gated(x: NDArray[np.float64], weight: NDArray[np.float64], *, is_fp8: bool) -> NDArray[np.float64]:
+    normed = reference.rms_norm(x, np.ones(C), 1e-6)
+    rows, matrix_of = (round_fp8_rows(normed), weight) if is_fp8 else (round_bf16(normed), round_bf16(weight))
+    gate = round_bf16(reference.linear(rows, matrix_of))
+    return round_bf16(reference.silu(gate) * gate)
+
+
+def test_rows_in_fp8() -> None:
+    """As ml_dtypes casts them; the largest of a row is 448, and a row of zeros stays."""
+    x = np.random.default_rng(7).normal(size=(5, C))
+    x[2] = 0
+    got = round_fp8_rows(x)
+    np.testing.assert_array_equal(got[2], 0)
+    scales = (np.abs(x).max(-1, keepdims=True) / 448).astype(np.float32).astype(np.float64)
+    scales[2] = 1
+    np.testing.assert_array_equal(got, (x / scales).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * scales)
+
+
+def test_matrices_in_groups_have_no_fp8_products() -> None:
+    scale = np.ones((N, 2), np.float32)
+    assert way_of(33, WEIGHT_FORMATS["bf16"]) == "bf16"
+    assert way_of(33, WEIGHT_FORMATS["fp8"], scale[:, :1]) == "fp8"
+    assert way_of(64, WEIGHT_FORMATS["fp8"], scale) == "skinny"
+    assert way_of(65, WEIGHT_FORMATS["fp8"], scale) == "bf16"
+    assert way_of(65, WEIGHT_FORMATS["fp8"], scale[:, :1], perm=np.arange(C)) == "bf16"
