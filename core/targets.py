@@ -223,7 +223,7 @@ TARGETS: tuple[Target, ...] = (
     Target("cuda", "fused kernels, CUDA graphs", "qwen_rt.export.passes.lower_cuda", _probe_cuda),
     Target("tensorrt", "compiled engines", "qwen_rt.export.passes.lower_tensorrt", _probe_tensorrt),
     Target("tensorrt-rtx", "engines for RTX GPUs", "qwen_rt.export.passes.lower_tensorrt", _probe_tensorrt_rtx),
-    Target("trtllm", "export only", "qwen_rt.export.passes.lower_trtllm", _probe_trtllm),
+    Target("trtllm", "export only", "qwen_rt.export.trtllm", _probe_trtllm),
 )
 EXPORT = Target("export", "checkpoint to bundle", None, _probe_export)
 

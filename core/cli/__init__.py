@@ -58,7 +58,7 @@ class _Parser(argparse.ArgumentParser):
         """Raise what argparse would print in several lines."""
         if "invalid choice" in message and "(choose from" in message:
             message = message.replace("(choose from", "(one of")
-            typed = message.split("'")[1]
+            typed = message.partition("'")[2].partition("'")[0]  # nothing where a number was typed
             near = difflib.get_close_matches(typed, COMMANDS, n=1)
             message += f"; did you mean {near[0]}?" if near else ""
         raise UsageError(message, fix=f"see {self.prog} --help")

@@ -14,6 +14,9 @@ number by number.
 
   "model.layers.0.*" = "bf16"
   "*.mlp.down_proj" = { precision = "int4", group_size = 64 }
+
+--target trtllm writes no bundle but a checkpoint for TensorRT-LLM (config.json, a file for each of --tp GPUs), and
+prints the trtllm-build command that makes engines of it.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import argparse
 from pathlib import Path
 
 from qwen_rt.cli.build_args import add_build_arguments, report
+from qwen_rt.cli.trtllm_args import add_trtllm_arguments, refuse_trtllm_arguments, run_trtllm
 
 HELP = "checkpoint or portable graph → bundle"
 EPILOG = """\
@@ -32,6 +36,7 @@ example:
   qwen-rt build Qwen2-Math-1.5B-Instruct -o math-1.5b --precision fp32 --max-length 2048
   qwen-rt build Qwen2-Math-7B-Instruct -o math-7b --target cuda --precision int4 --calibrate book.txt
   qwen-rt build Qwen2-Math-72B-Instruct -o math-72b --target cuda --precision int4 --size-budget 48GB
+  qwen-rt build Qwen2-Math-72B-Instruct -o math-72b-trtllm --target trtllm --precision fp8 --tp 4
 """
 
 
@@ -41,9 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target",
         default="cpu",
-        choices=["cpu", "cuda"],
+        choices=["cpu", "cuda", "trtllm"],
         help="what runs the bundle: cpu is ONNX Runtime; cuda is ONNX Runtime with this package's kernels, on an "
-        "NVIDIA GPU of compute capability 8.0 or newer (default: cpu)",
+        "NVIDIA GPU of compute capability 8.0 or newer; trtllm is a checkpoint for trtllm-build (default: cpu)",
     )
     parser.add_argument(
         "--precision",
@@ -94,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--no-gate", action="store_true", help="do not compare with the checkpoint; it is recorded")
     group.add_argument("--workers", type=int, default=0, metavar="N", help="threads that convert (default: all cores)")
+    add_trtllm_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -113,6 +119,9 @@ def run(args: argparse.Namespace) -> int:
         kv_cache=None if args.kv_cache == "auto" else args.kv_cache,
         activations=args.activations,
     )
+    if args.target == "trtllm":
+        return run_trtllm(args, quantize)
+    refuse_trtllm_arguments(args)
     options = BuildOptions(
         target=args.target,
         precision=args.precision,

@@ -1,0 +1,55 @@
+"""What `qwen-rt build --target trtllm` takes of its own, and how it reports."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from qwen_rt.errors import UsageError, one_line
+from qwen_rt.progress import format_count
+
+if TYPE_CHECKING:
+    from qwen_rt.export.settings import QuantizeOptions
+
+__all__ = ["add_trtllm_arguments", "refuse_trtllm_arguments", "run_trtllm"]
+
+
+def add_trtllm_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that only this target has."""
+    group = parser.add_argument_group("TensorRT-LLM (--target trtllm)")
+    group.add_argument(
+        "--tp", type=int, metavar="N", help="GPUs that share the model, a file for each: 1, 2, 4 or 8 (default: 1)"
+    )
+
+
+def refuse_trtllm_arguments(args: argparse.Namespace) -> None:
+    """Refuse those options for another target.
+
+    Raises:
+        UsageError: `--tp` was given.
+    """
+    if args.tp is not None:
+        raise UsageError(f"--tp with target {args.target}", "--target trtllm", "leave --tp out")
+
+
+def run_trtllm(args: argparse.Namespace, quantize: QuantizeOptions) -> int:
+    """Write the checkpoint; print what was written and the command that makes an engine of it."""
+    from qwen_rt.export.trtllm import TrtllmOptions, convert
+
+    tp = 1 if args.tp is None else args.tp
+    options = TrtllmOptions(
+        precision=args.precision,
+        tp=tp,
+        max_length=args.max_length,
+        quantize=quantize,
+        num_workers=args.workers,
+        overwrite=args.force,
+        quiet=args.quiet,
+    )
+    result = convert(args.source, args.output, options)
+    ranks = f"{tp} rank{'s' * (tp > 1)}"
+    text = f"trtllm {result.precision}, {result.dtype}, {ranks}: {format_count(result.nbytes, 'B')} in {args.output}"
+    print(one_line(text))
+    print("build the engine with TensorRT-LLM 1.2, on a machine that has its GPUs:")
+    print(result.command if result.command.isprintable() else one_line(result.command))  # whole, to be copied
+    return 0

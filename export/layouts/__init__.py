@@ -1,0 +1,1 @@
+"""Folders that other runtimes load: optimum's `ORTModelForCausalLM`, and ONNX Runtime GenAI."""
