@@ -198,7 +198,7 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
-def _now() -> str:
+def now() -> str:
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -222,7 +222,7 @@ def new_run() -> str:
     busy = _busy_share()
     if busy > _MAX_BUSY_SHARE:
         print(f"warning: other programs take {busy:.0%} of this machine; times will be too long", file=sys.stderr)
-    return f"{_now()}-{os.getpid()}"
+    return f"{now()}-{os.getpid()}"
 
 
 def make_row(
@@ -265,7 +265,7 @@ def make_row(
         "benchmark": benchmark,
         "contender": contender,
         "run": run,
-        "date": _now(),
+        "date": now(),
         "commit": commit,
         "dirty": dirty,
         "command": command_line(),

@@ -97,7 +97,7 @@ def run(
     print("\n\n".join(profile_text(profile, title) for profile in profiles), flush=True)
     if json_file is not None:
         versions = harness.versions(*(("onnxruntime-gpu",) if used else ())) | dict(used)
-        document = to_document(profiles, harness.command_line(), harness._now(), described, versions)
+        document = to_document(profiles, harness.command_line(), harness.now(), described, versions)
         atomic_write_bytes(json_file, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
     if trace is not None:
         atomic_write_bytes(trace, trace_bytes(profiles, title))

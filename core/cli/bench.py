@@ -113,16 +113,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _rows(text: str) -> int:
+def rows_of(text: str) -> int:
     """Read a number of rows; argparse tells the message of the error."""
     return _number(text, 1, MAX_ROWS)
 
 
-def _tokens(text: str) -> int:
+def tokens_of(text: str) -> int:
+    """Read a number of tokens."""
     return _number(text, 1, 1 << 20)
 
 
-def _steps(text: str) -> int:
+def steps_of(text: str) -> int:
+    """Read a number of recorded steps."""
     return _number(text, 1, 64)
 
 
@@ -137,15 +139,20 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
 
     ops = [op.name for op in OPS]
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS), help="shapes (default: all)")
-    parser.add_argument("--rows", nargs="+", type=_rows, default=[1, 16], metavar="N", help="rows (default: 1 16)")
+    parser.add_argument("--rows", nargs="+", type=rows_of, default=[1, 16], metavar="N", help="rows (default: 1 16)")
     parser.add_argument(
-        "--prompt", nargs="+", type=_tokens, default=[127], metavar="N", help="tokens before the new one (default: 127)"
+        "--prompt",
+        nargs="+",
+        type=tokens_of,
+        default=[127],
+        metavar="N",
+        help="tokens before the new one (default: 127)",
     )
     parser.add_argument("--op", nargs="+", choices=ops, default=ops, metavar="OP", help=f"some of {', '.join(ops)}")
     parser.add_argument("--step", action="store_true", help="also time all ops of a decode step chained in one graph")
     _add_precision(parser, "bf16")
     _add_kv_cache(parser, "bf16")
-    _add_output(parser, "kernels")
+    add_output(parser, "kernels")
 
 
 def _add_latency(parser: argparse.ArgumentParser) -> None:
@@ -159,7 +166,7 @@ def _add_latency(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows",
         nargs="+",
-        type=_rows,
+        type=rows_of,
         default=[1, 2, 4, 8, 16, 32, 64],
         metavar="N",
         help="rows that decode at once, at a prompt of 128 tokens (default: 1 2 4 8 16 32 64)",
@@ -167,7 +174,7 @@ def _add_latency(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts",
         nargs="+",
-        type=_tokens,
+        type=tokens_of,
         default=[1, 128, 6144, 14336, 30720],
         metavar="N",
         help="prompt lengths, with the fewest rows (default: 1 128 6144 14336 30720)",
@@ -175,18 +182,20 @@ def _add_latency(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ttft",
         nargs="*",
-        type=_tokens,
+        type=tokens_of,
         default=[6144],
         metavar="N",
         help="prompts to the first token (default: 6144)",
     )
-    parser.add_argument("--layers", type=_tokens, metavar="N", help="fewer layers than the shape has")
+    parser.add_argument("--layers", type=tokens_of, metavar="N", help="fewer layers than the shape has")
     _add_precision(parser, None, several=True)
     _add_kv_cache(parser, None, several=True)
-    parser.add_argument("--steps", type=_tokens, default=64, metavar="N", help="decode steps of a figure (default: 64)")
+    parser.add_argument(
+        "--steps", type=tokens_of, default=64, metavar="N", help="decode steps of a figure (default: 64)"
+    )
     parser.add_argument("--device", type=int, default=0, metavar="N", help="which GPU (default: 0)")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the ratios, .svg or .png")
-    _add_output(parser, "latency")
+    add_output(parser, "latency")
 
 
 def _add_precision(parser: argparse.ArgumentParser, default: str | None, *, several: bool = False) -> None:
@@ -216,15 +225,16 @@ def _add_timeline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", nargs="?", default="1.5b", metavar="MODEL", help=f"{names}, or a bundle (default: 1.5b)"
     )
-    parser.add_argument("--rows", type=_rows, default=1, metavar="N", help="rows that decode at once (default: 1)")
-    parser.add_argument("--prompt", type=_tokens, default=128, metavar="N", help="tokens of each row (default: 128)")
-    parser.add_argument("--steps", type=_steps, default=8, metavar="N", help="steps, 1 to 64 (default: 8)")
+    parser.add_argument("--rows", type=rows_of, default=1, metavar="N", help="rows that decode at once (default: 1)")
+    parser.add_argument("--prompt", type=tokens_of, default=128, metavar="N", help="tokens of each row (default: 128)")
+    parser.add_argument("--steps", type=steps_of, default=8, metavar="N", help="steps, 1 to 64 (default: 8)")
     parser.add_argument("--device", type=int, default=0, metavar="N", help="which GPU (default: 0)")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the steps, .svg")
-    _add_output(parser, "timeline")
+    add_output(parser, "timeline")
 
 
-def _add_output(parser: argparse.ArgumentParser, benchmark: str) -> None:
+def add_output(parser: argparse.ArgumentParser, benchmark: str) -> None:
+    """Declare where rows go, and what is told meanwhile."""
     text = f"file that rows are appended to (default: benchmarks/results/{benchmark}.jsonl of a checkout)"
     parser.add_argument("--output", type=Path, metavar="FILE", help=text)
     parser.add_argument("--dry", action="store_true", help="print, but write no rows")
@@ -232,7 +242,7 @@ def _add_output(parser: argparse.ArgumentParser, benchmark: str) -> None:
 
 
 def _add_bars(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--issue", type=_tokens, metavar="N", help="only the bars of this issue")
+    parser.add_argument("--issue", type=tokens_of, metavar="N", help="only the bars of this issue")
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="result rows (default: those of a checkout)")
     parser.add_argument("--bars", type=Path, metavar="FILE", help="other bars than benchmarks/bars.toml")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")

@@ -45,19 +45,19 @@ def add_peers_arguments(parser: argparse.ArgumentParser) -> None:
         text = f"the Python that has {peer.package} (default: the one that runs this)"
         parser.add_argument(f"--{peer.name}-python", metavar="PATH", help=text)
     text = "rows that decode at once, at a prompt of 128 tokens (default: 1 16 64)"
-    parser.add_argument("--rows", nargs="+", type=bench._rows, default=[1, 16, 64], metavar="N", help=text)
+    parser.add_argument("--rows", nargs="+", type=bench.rows_of, default=[1, 16, 64], metavar="N", help=text)
     text = "prompt lengths, with the fewest rows; and to the first token (default: 128 6144)"
-    parser.add_argument("--prompts", nargs="+", type=bench._tokens, default=[128, 6144], metavar="N", help=text)
+    parser.add_argument("--prompts", nargs="+", type=bench.tokens_of, default=[128, 6144], metavar="N", help=text)
     text = "of the layers' matrices (default: bf16)"
     parser.add_argument("--precision", nargs="+", choices=_PRECISIONS, default=["bf16"], help=text)
-    parser.add_argument("--layers", type=bench._tokens, metavar="N", help="fewer layers than the shape has")
+    parser.add_argument("--layers", type=bench.tokens_of, metavar="N", help="fewer layers than the shape has")
     text = "tokens of a figure after the first (default: 128)"
-    parser.add_argument("--steps", type=bench._tokens, default=128, metavar="N", help=text)
+    parser.add_argument("--steps", type=bench.tokens_of, default=128, metavar="N", help=text)
     text = "for one model in one peer, its start included (default: 900)"
-    parser.add_argument("--timeout", type=bench._tokens, default=900, metavar="SECONDS", help=text)
+    parser.add_argument("--timeout", type=bench.tokens_of, default=900, metavar="SECONDS", help=text)
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="for what peers print (default: a temporary one)")
     parser.add_argument("--device", type=int, default=0, metavar="N", help="which GPU (default: 0)")
-    bench._add_output(parser, "latency")
+    bench.add_output(parser, "latency")
 
 
 def run_peers(args: argparse.Namespace, output: Path | None) -> int:

@@ -34,18 +34,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shapes = ", ".join(bench.MODELS)
     parser.add_argument("bundle", metavar="MODEL", help=f"folder that `qwen-rt build` wrote, or {shapes}")
     what = parser.add_argument_group("what is profiled")
-    what.add_argument("--rows", type=bench._rows, default=1, metavar="N", help="rows that decode at once (default: 1)")
     what.add_argument(
-        "--prompt", type=bench._tokens, default=128, metavar="N", help="tokens of each row before (default: 128)"
+        "--rows", type=bench.rows_of, default=1, metavar="N", help="rows that decode at once (default: 1)"
+    )
+    what.add_argument(
+        "--prompt", type=bench.tokens_of, default=128, metavar="N", help="tokens of each row before (default: 128)"
     )
     what.add_argument(
         "--steps",
-        type=bench._steps,
+        type=bench.steps_of,
         default=16,
         metavar="N",
         help="decode steps that are recorded, 1 to 64; figures are means of the middle half (default: 16)",
     )
-    what.add_argument("--prefill", type=bench._tokens, metavar="N", help="also profile the prefill of N tokens")
+    what.add_argument("--prefill", type=bench.tokens_of, metavar="N", help="also profile the prefill of N tokens")
     what.add_argument(
         "--method",
         choices=("auto", "cupti", "cut"),
@@ -53,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="target cuda: recorded by CUPTI, by steps cut short, or by CUPTI where it can be had (default: auto)",
     )
     shape = parser.add_argument_group("of a shape")
-    shape.add_argument("--layers", type=bench._tokens, metavar="N", help="fewer layers than the shape has")
+    shape.add_argument("--layers", type=bench.tokens_of, metavar="N", help="fewer layers than the shape has")
     shape.add_argument(
         "--precision",
         choices=bench.PRECISIONS,
