@@ -135,7 +135,16 @@ def rmsnorm_qkv(
 
 def _rotate(x: Tensor, positions: Tensor, inv_freq: Tensor, rope_scaling: float) -> Tensor:
     """Turn [rows, heads, D]; the angle is the f32 product, as everywhere."""
-    angle = (positions.float()[:, None, None] * inv_freq).double()
+    return _turn(x, (positions.float()[:, None, None] * inv_freq).double(), rope_scaling)
+
+
+def _turn_exactly(x: Tensor, positions: Tensor, inv_freq: Tensor, rope_scaling: float) -> Tensor:
+    """Turn [rows, heads, D] by the exact product of position and frequency."""
+    return _turn(x, positions.double()[:, None, None] * inv_freq.double(), rope_scaling)
+
+
+def _turn(x: Tensor, angle: Tensor, rope_scaling: float) -> Tensor:
+    """Turn [rows, heads, D] by `angle`, f64[rows, 1, D / 2]."""
     cos, sin = angle.cos() * rope_scaling, angle.sin() * rope_scaling
     first, second = x.double().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -195,14 +204,6 @@ def attention(
             scores = turned[busy, head] @ keys[head // group].T * scale
             out[busy, head] = scores.masked_fill(is_later, -math.inf).softmax(-1) @ values[head // group]
     return out.flatten(1), new_keys, new_values
-
-
-def _turn_exactly(x: Tensor, positions: Tensor, inv_freq: Tensor, rope_scaling: float) -> Tensor:
-    """Turn [rows, heads, D] by the exact product of position and frequency."""
-    angle = positions.double()[:, None, None] * inv_freq.double()
-    cos, sin = angle.cos() * rope_scaling, angle.sin() * rope_scaling
-    first, second = x.double().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def attention_8bit(

@@ -55,7 +55,7 @@ __device__ __forceinline__ void split_pair(float2 v, uint32_t& high, uint32_t& l
 }
 
 // Prepares the 8 numbers `x` of row `row` from column `segment` · 256 + 8 · lane on, with all lanes of a warp; those behind
-// the last column give zeros. `store(bytes, word)` writes into the blocks. Multiplied by `norm` before, if there is one.
+// the last column give zeros. `store(bytes, word)` writes into the blocks.
 template <Format kFormat, class Store>
 __device__ __forceinline__ void prepare_segment(uint4 x, int rows, int row, int segment, int k, const Store& store) {
     const int lane = threadIdx.x & 31;
