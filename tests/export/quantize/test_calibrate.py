@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
@@ -36,6 +35,9 @@ from .models import (
     with_outliers,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 HEAD = "lm_head.weight"
 # F = 1386 and 231 are no multiples of 16: whole rows share a scale, and an odd number of columns rules int4 out.
 CASES = [
@@ -47,15 +49,6 @@ CASES = [
     ("odd", Scheme("int8")),
     ("one-layer", Scheme("int8", 0)),
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """More only spin: the shapes are small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _loud(case: Case) -> tuple[ModelSpec, Arrays]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,14 +34,7 @@ from .models import ArrayRows, Arrays, RoundedRows, hidden_states, nano_texts, n
 INT4, INT8 = Scheme("int4", 32), Scheme("int8")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """More only spin: the shapes are small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _model(zoo: Zoo, name: str = "yarn") -> tuple[ModelSpec, Arrays]:
