@@ -28,6 +28,7 @@ from qwen_rt.benchmarks import verify_reference, verify_runtime
 from qwen_rt.benchmarks.verify_weights import compare_weights
 from qwen_rt.bundle import Bundle, Manifest
 from qwen_rt.checkpoint import NANO, Checkpoint
+from qwen_rt.engine_card import ENGINE_TARGETS
 from qwen_rt.errors import CheckpointError, UsageError
 from qwen_rt.gate_result import GateResult
 from qwen_rt.runtime.llm import LLM
@@ -126,7 +127,7 @@ def verify(
         exact_match: Problems of the nano set to answer; None for `DEFAULT_EXACT_MATCH` of a bundle of nano, and none of
             another, for which the share of right answers is reported and does not decide.
         num_threads: Threads of what runs on the CPU; 0 for all cores.
-        device: Target cuda: number of the GPU.
+        device: Targets of GPUs: number of the GPU.
         quiet: No progress.
 
     Returns:
@@ -201,7 +202,9 @@ def _verify(
     kind, tolerance = _tolerance(llm.bundle.manifest, source)
     actual = verify_runtime.stepwise_logits(llm, ids, quiet)
     gate, own, notes = None, None, []
-    if llm.bundle.manifest.quantization is not None:
+    if llm.bundle.manifest.quantization is not None and llm.bundle.manifest.target in ENGINE_TARGETS:
+        notes.append("weights on their own: not compared, they are inside of the engine")
+    elif llm.bundle.manifest.quantization is not None:
         gate, own = compare_weights(llm.bundle, source, ids, quiet)
         activations = _activations(llm.bundle.manifest)
         notes.append(f"runtime's tolerances: {activations} ({RUNTIME[activations].reason})")
@@ -226,7 +229,7 @@ def _tolerance(manifest: Manifest, source: Checkpoint) -> tuple[str, VerifyToler
         formats = sorted({scheme.format for scheme in quantization.weights.values()})
         kind = "+".join([*formats, *([] if quantization.kv_format is None else [f"kv-{quantization.kv_format}"])])
         return kind, verify_quantized(formats, quantization.kv_format, quantization.activations)
-    if manifest.target == "cuda":
+    if manifest.target == "cuda" or manifest.compute_dtype != "float32":
         reason = "activations rounded to bfloat16 (u = 2^-8) between steps, which errs as rounded weights do"
         return "rounded-bf16", VerifyTolerance(**{**vars(VERIFY["rounded-bf16"]), "reason": reason})
     if quantization is not None:

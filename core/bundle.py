@@ -8,8 +8,8 @@
       tokenizer.json …          the checkpoint's text files
       config.json, generation_config.json
 
-A portable graph is the same folder with target `portable`. Weights that did not change stay in the checkpoint; the
-manifest says where, how large and with which hash.
+A portable graph is the same folder with target `portable`; compiled engines have the files of `qwen_rt.engine_card` in
+place of graph and weights. Weights that did not change stay in the checkpoint; the manifest says where.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from qwen_rt.engine_card import CARD_FILE, ENGINE_TARGETS, engine_files
 from qwen_rt.errors import BundleError, CheckpointError, StorageError
 from qwen_rt.gate_result import GateResult
 from qwen_rt.manifest_fields import REBUILD, Fields, inner_path, plain_name
@@ -48,13 +49,12 @@ __all__ = [
     "file_sha256",
 ]
 
-FORMAT = "qwen-rt-bundle"
-FORMAT_VERSION = 2
+FORMAT, FORMAT_VERSION = "qwen-rt-bundle", 2
 MANIFEST_FILE = "manifest.json"
 GRAPH_FILE = "graph/rank0.onnx"
 WEIGHTS_FOLDER = "graph"
 
-TARGETS = ("cpu", "cuda", "portable")
+TARGETS = ("cpu", "cuda", "portable", *ENGINE_TARGETS)
 PRECISIONS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 """Dtype in which floating-point weights are stored → its safetensors name."""
 
@@ -131,12 +131,12 @@ class Manifest:
     """Everything a runtime has to know before it opens the graph.
 
     Attributes:
-        target: `cpu`, `cuda`, or `portable` for a graph that is not lowered.
+        target: `cpu`, `cuda`, `tensorrt`, `tensorrt-rtx`, or `portable` for a graph that is not lowered.
         precision: How the layers' matrices are stored: `fp32`, `bf16`, `fp16`, `fp8`, `int8`, `int4`, or `mixed`.
         compute_dtype: Dtype of the activations (`float32`, …).
         kv_dtype: Dtype of the KV cache, as it lies in memory.
         max_length: Positions that the graph can reach.
-        tensor_parallel: Ranks; there is one graph for each.
+        tensor_parallel: Ranks; there is one graph or engine for each.
         model: Hyperparameters.
         checkpoint: Origin of the weights.
         files: Relative path → entry, of every file but the manifest.
@@ -325,13 +325,15 @@ class Bundle:
             if name not in manifest.files and (folder / name).exists():
                 raise BundleError(f"{name} of {folder} was added after the build", "the files of the build", REBUILD)
         total = sum(entry.nbytes for _, entry, _ in to_check)
-        heavy = set(weights.values())
+        engines = engine_files(manifest.target, min(manifest.tensor_parallel, len(to_check)))
+        heavy = {*weights.values(), *((folder / name).resolve() for name in engines)}
         for file, entry, what in to_check:
             is_weight = file.resolve() in heavy
             hashed = check == "full" or (check == "auto" and (total <= _HASHED_AT_LOAD_BYTES or not is_weight))
             _check_file(file, entry, what, hashed)
-        if GRAPH_FILE not in manifest.files:
-            raise BundleError(f"{folder} lists no {GRAPH_FILE}", fix=REBUILD)
+        for name in [*engines, CARD_FILE] if engines else [GRAPH_FILE]:
+            if name not in manifest.files:
+                raise BundleError(f"{folder} lists no {name}", fix=REBUILD)
         return cls(folder, manifest, weights)
 
     @staticmethod

@@ -136,7 +136,8 @@ class _Probes:
 
     def status(self, target: Target, facts: Facts) -> TargetStatus:
         """Return whether a target is ready; one that cannot be examined is not."""
-        unknown = TargetStatus(target.name, target.role, "missing", (Lack("it could not be examined"),))
+        lacks = (Lack("it could not be examined"),)
+        unknown = TargetStatus(target.name, target.role, "missing", lacks, target.evidence)
         return self.guarded(f"target {target.name}", lambda: examine(target, facts), unknown)
 
     def warn_of_traps(self, cpu: Cpu, gpus: Gpus, ort_names: list[str]) -> None:
@@ -306,6 +307,8 @@ def _target_rows(report: Report) -> Iterator[str]:
         yield from (indent + line for line in lines[1:])
         if command := install_command(status.lacks):
             yield f"{indent}-> {command}"  # not wrapped: it is there to be copied
+        evidence = textwrap.wrap(status.evidence, _WIDTH - len(indent), break_on_hyphens=False)
+        yield from (indent + line for line in evidence)
 
 
 def render(report: Report) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from qwen_rt.bundle import KV_DTYPES, MANIFEST_FILE, Bundle
 from qwen_rt.checkpoint import NANO, Checkpoint
+from qwen_rt.engine_card import CARD_FILE, ENGINE_TARGETS, EngineCard
 from qwen_rt.errors import BundleError, one_line
 from qwen_rt.ops import BLOCK_SIZE
 from qwen_rt.progress import format_count
@@ -45,7 +46,7 @@ class Inspection:
         model: Hyperparameters.
         facts: Label → value, in the order to print.
         files: File → bytes.
-        operators: ONNX operator → number of nodes; empty for a checkpoint.
+        operators: ONNX operator → number of nodes, of engines layer type → number; empty for a checkpoint.
         layers: Rows of the table.
     """
 
@@ -73,8 +74,9 @@ class Inspection:
         if self.operators:
             total = sum(self.operators.values())
             listed = ", ".join(f"{one_line(name)} {count}" for name, count in self.operators.items())
-            lines += ["", f"graph: {total} nodes", *_wrap(listed, 96)]
-        if with_layers:
+            what = f"graph: {total} nodes" if self.layers else f"network: {total} layers, of one rank"
+            lines += ["", what, *_wrap(listed, 96)]
+        if with_layers and self.layers:
             lines += ["", f"  {'layer':<10} {'parameters':>13} {'stored':>10}  {'dtype':<9} {'nodes':>5}"]
             lines += [
                 f"  {row.name:<10} {row.num_parameters:>13,} {format_count(row.nbytes, 'B'):>10}  "
@@ -96,7 +98,8 @@ def inspect(path: str | Path) -> Inspection:
     folder = Path(path)
     is_bundle = (folder / MANIFEST_FILE).is_file() or (folder.is_dir() and not (folder / "config.json").is_file())
     if is_bundle and path != NANO:
-        return _inspect_bundle(Bundle.open(path, check="size"))
+        bundle = Bundle.open(path, check="size")
+        return _inspect_engines(bundle) if bundle.manifest.target in ENGINE_TARGETS else _inspect_bundle(bundle)
     return _inspect_checkpoint(Checkpoint.open(path))
 
 
@@ -127,6 +130,31 @@ def _inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         facts["not used"] = f"{len(checkpoint.unexpected)} tensors, such as {checkpoint.unexpected[0]}"
     files = {shard.name: shard.stat().st_size for shard in checkpoint.shards}
     return Inspection("checkpoint", str(checkpoint.path), spec, facts, files, {}, rows)
+
+
+def _inspect_engines(bundle: Bundle) -> Inspection:
+    """What the card says; the engines are not opened, which takes their library and a GPU."""
+    manifest = bundle.manifest
+    card = EngineCard.from_json((bundle.path / CARD_FILE).read_bytes(), str(bundle.path / CARD_FILE))
+    kv_bytes = manifest.model.kv_bytes_per_token(manifest.kv_dtype)
+    shapes = (f"{name} {one.max_batch} rows x {one.max_tokens} tokens" for name, one in card.profiles.items())
+    compiled = (f"{name} {sum(kinds.values())} ({card.listed(kinds)})" for name, kinds in card.engine.items())
+    facts = _model_facts(manifest.model) | {
+        "target": f"{manifest.target}, tensor parallel {manifest.tensor_parallel}",
+        "library": f"{card.flavour} {card.version}, no other",
+        "GPUs": f"compute capability {', '.join(card.compute_capabilities)}",
+        "weights": f"{manifest.precision}, in the engines, sha256 " + ", ".join(h[:16] for h in card.weights_sha256),
+        "computes in": manifest.compute_dtype,
+        "KV cache": f"{manifest.kv_dtype}, {format_count(kv_bytes, 'B')} a token, "
+        f"{format_count(kv_bytes * manifest.max_length, 'B')} for the {manifest.max_length} tokens of a row",
+        "profiles": "at most " + ", ".join(shapes),
+        "compiled": ", ".join(compiled) or "unknown",
+        "built by": ", ".join(f"{name} {version}" for name, version in sorted(manifest.tools.items())),
+        "build again": card.rebuild_command(str(bundle.path)),
+    }
+    files = {name: entry.nbytes for name, entry in manifest.files.items()}
+    operators = dict(Counter(card.network).most_common())
+    return Inspection("bundle of engines", str(bundle.path), manifest.model, facts, files, operators, [])
 
 
 def _inspect_bundle(bundle: Bundle) -> Inspection:

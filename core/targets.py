@@ -18,6 +18,7 @@ from qwen_rt.machine import Gpu, Gpus, Kernels, Nvcc
 
 __all__ = [
     "EXPORT",
+    "RTX_CAPABILITIES",
     "TARGETS",
     "Facts",
     "Lack",
@@ -32,7 +33,8 @@ __all__ = [
 _OLDEST_DRIVER = "580"
 """The first driver for CUDA 13, which onnxruntime-gpu from 1.31 on and the plugin library are built with."""
 
-_RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.")
+RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.")
+"""What the compute capability of a GPU that TensorRT-RTX supports begins with."""
 
 
 _UNKNOWN_KERNELS = Kernels()
@@ -65,22 +67,25 @@ class Target:
         role: What it is for.
         module: The module that lowers a graph for it; a release without that module lacks the target. None: built in.
         probe: Says what is missing on this machine.
+        evidence: What of it has been executed, on which devices, and what was only built.
     """
 
     name: str
     role: str
     module: str | None
     probe: Callable[[Facts], list[Lack]]
+    evidence: str = ""
 
 
 @dataclass(frozen=True)
 class TargetStatus:
-    """Whether a target runs here; `lacks` is empty exactly if it is ready."""
+    """Whether a target runs here; `lacks` is empty exactly if it is ready, `evidence` is the target's."""
 
     name: str
     role: str
     state: Literal["ready", "missing", "not in this release"]
     lacks: tuple[Lack, ...] = ()
+    evidence: str = ""
 
 
 def _requirements(extra: str | None) -> list[str]:
@@ -207,7 +212,7 @@ def _probe_tensorrt(facts: Facts) -> list[Lack]:
 def _probe_tensorrt_rtx(facts: Facts) -> list[Lack]:
     lacks = _gpu_lacks(facts, "7.5") + _unmet(_requirements("tensorrt") or ["tensorrt-rtx"], {})
     capabilities = [gpu.compute_capability for gpu in facts.gpus.gpus]
-    if capabilities and not any(found.startswith(_RTX_CAPABILITIES) for found in capabilities):
+    if capabilities and not any(found.startswith(RTX_CAPABILITIES) for found in capabilities):
         lacks.append(
             Lack(f"a GPU that TensorRT-RTX supports (not compute capability {', '.join(sorted(set(capabilities)))})")
         )
@@ -218,12 +223,38 @@ def _probe_trtllm(_: Facts) -> list[Lack]:
     return []
 
 
+_CPU_EVIDENCE = "executed: in CI, and on AMD EPYC (rows in benchmarks/results)"
+_CUDA_EVIDENCE = (
+    "executed: on NVIDIA H100 80GB HBM3 and NVIDIA H200 (rows in benchmarks/results); "
+    "built only: the kernels for compute capability 8.0, 8.9 and 12.0"
+)
+_TENSORRT_EVIDENCE = (
+    "never built, never executed: the full TensorRT was not to be had; its code path is that of tensorrt-rtx"
+)
+_TENSORRT_RTX_EVIDENCE = (
+    "built only: engines for compute capability 8.0, 8.9 and 12.0, in CI; no engine has been executed, the session "
+    "runs in tests on a stand-in of TensorRT's runtime"
+)
+_TRTLLM_EVIDENCE = "written, and read back by a reader of our own; TensorRT-LLM has never been run"
+
 TARGETS: tuple[Target, ...] = (
-    Target("cpu", "any machine; ONNX Runtime", None, _probe_cpu),
-    Target("cuda", "fused kernels, CUDA graphs", "qwen_rt.export.passes.lower_cuda", _probe_cuda),
-    Target("tensorrt", "compiled engines", "qwen_rt.export.passes.lower_tensorrt", _probe_tensorrt),
-    Target("tensorrt-rtx", "engines for RTX GPUs", "qwen_rt.export.passes.lower_tensorrt", _probe_tensorrt_rtx),
-    Target("trtllm", "export only", "qwen_rt.export.trtllm", _probe_trtllm),
+    Target("cpu", "any machine; ONNX Runtime", None, _probe_cpu, _CPU_EVIDENCE),
+    Target("cuda", "fused kernels, CUDA graphs", "qwen_rt.export.passes.lower_cuda", _probe_cuda, _CUDA_EVIDENCE),
+    Target(
+        "tensorrt",
+        "compiled engines",
+        "qwen_rt.export.passes.lower_tensorrt",
+        _probe_tensorrt,
+        _TENSORRT_EVIDENCE,
+    ),
+    Target(
+        "tensorrt-rtx",
+        "engines for RTX GPUs",
+        "qwen_rt.export.passes.lower_tensorrt",
+        _probe_tensorrt_rtx,
+        _TENSORRT_RTX_EVIDENCE,
+    ),
+    Target("trtllm", "export only", "qwen_rt.export.trtllm", _probe_trtllm, _TRTLLM_EVIDENCE),
 )
 EXPORT = Target("export", "checkpoint to bundle", None, _probe_export)
 
@@ -247,7 +278,7 @@ def examine(target: Target, facts: Facts) -> TargetStatus:
         lack = Lack(f"qwen-rt {__version__} does not build this target yet")
         return TargetStatus(target.name, target.role, "not in this release", (lack,))
     lacks = tuple(target.probe(facts))
-    return TargetStatus(target.name, target.role, "missing" if lacks else "ready", lacks)
+    return TargetStatus(target.name, target.role, "missing" if lacks else "ready", lacks, target.evidence)
 
 
 def install_command(lacks: Iterable[Lack]) -> str:

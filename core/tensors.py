@@ -46,6 +46,15 @@ With a quantized KV cache the pools are float8e4m3fn or int8, and each has scale
 | `past_key_values.{i}.key_scale`  | float32 | [blocks, Hkv, 64] | what the stored numbers of a key are to be       |
 | `past_key_values.{i}.value_scale`| float32 | [blocks, Hkv, 64] | multiplied by (`qwen_rt.quantization`)           |
 | `present.{i}.key_scale`, …       | float32 | as past           | the same memory as the past tensors              |
+
+Graphs and engines of targets `tensorrt` and `tensorrt-rtx` have the tensors of the first table, with these differences:
+
+- The KV dtype is that of the activations: bfloat16, float16 or float32. Tmax is fixed when the engine is built.
+- `kv_lengths` may be the number of valid rows after the write as well as `write_indices + S`; 0 in an idle row. A token
+  sees no row behind its own position either way.
+- Every row of a call is written to, also an idle one: `write_indices[b] + S <= Tmax` holds for all b.
+- The caches hold finite numbers from the start (zeros): a hidden row has weight 0, and 0 · NaN is NaN.
+- One rank of several (tensor parallel) has Hkv / ranks heads in its caches, at least one; the rest is the same.
 """
 
 from __future__ import annotations

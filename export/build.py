@@ -35,6 +35,7 @@ from qwen_rt.export.quantize.check import check_weights
 from qwen_rt.export.quantize.prepare import Prepared, pieces_of, prepare, quantized_locations
 from qwen_rt.export.settings import BuildOptions, QuantizeOptions, Settings, settle
 from qwen_rt.export.source import Source, open_source
+from qwen_rt.export.tensorrt.job import EngineJob
 from qwen_rt.export.weights import (
     Piece,
     PlannedFile,
@@ -118,11 +119,15 @@ class _Job:
     def __init__(self, source: Source, settings: Settings, stage: Path) -> None:
         self.source, self.checkpoint, self.settings, self.stage = source, source.checkpoint, settings, stage
         self.files: dict[str, FileEntry] = {}
+        self.engines = None if settings.engine is None else EngineJob(self.checkpoint, settings, stage)
+        self.tools = _tool_versions() | ({} if self.engines is None else self.engines.tools())
         self.reusable: dict[str, FileEntry] = self._open_journal()
 
     def run(self) -> Manifest:
         settings, checkpoint = self.settings, self.checkpoint
         prepared = self._prepare()
+        if self.engines is not None:
+            self.engines.choose({} if prepared is None else prepared.schemes)
         planned = plan_files(self._pieces(prepared), Path(WEIGHTS_FOLDER))
         locations = checkpoint_locations(checkpoint)
         for plan in planned:
@@ -137,24 +142,28 @@ class _Job:
                 {n: _moved(place, inside) if place.file == shard else place for n, place in locations.items()}
             )
 
-        self._write_graph(locations, quantized, prepared)
+        if settings.engine is None:
+            self._write_graph(locations, quantized, prepared)
         self._write_weights(planned, copied)
         for name in TEXT_FILES:
             if (checkpoint.path / name).is_file():
                 self._keep(name, partial(copy_file, checkpoint.path / name))
-        links = {} if settings.self_contained else self._link_shards(needed)
+        links = {} if settings.self_contained or settings.engine else self._link_shards(needed)
         gate = None if prepared is None else self._check(prepared, locations)
+        precision = settings.precision if prepared is None else prepared.precision(settings.precision)
+        if self.engines is not None:
+            self.engines.write(self.source, locations, quantized, precision, self._keep, self.files)
         manifest = Manifest(
             target=settings.target,
-            precision=settings.precision if prepared is None else prepared.precision(settings.precision),
+            precision=precision,
             compute_dtype=settings.dtype,
             kv_dtype=self._kv_dtype(),
             max_length=settings.max_length,
-            tensor_parallel=1,
+            tensor_parallel=1 if settings.engine is None else settings.engine.tensor_parallel,
             model=checkpoint.spec,
             checkpoint=CheckpointLink(self.source.origin, self.source.fingerprint, links),
             files=dict(sorted(self.files.items())),
-            tools=_tool_versions(),
+            tools=self.tools,
             quantization=None if prepared is None else self._quantization(prepared),
             gate=gate,
         )
@@ -310,7 +319,7 @@ class _Job:
 
     def _inputs(self) -> dict[str, Any]:
         return {
-            "tools": _tool_versions(),
+            "tools": self.tools,
             "fingerprint": self.source.fingerprint,
             "graph": file_sha256(self.source.graph_file) if self.source.graph_file else None,
             "sources": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in self._sources()],

@@ -13,6 +13,8 @@ from qwen_rt.checkpoint import Checkpoint
 from qwen_rt.errors import GraphError
 from qwen_rt.export.passes.lower_cpu import lower_cpu
 from qwen_rt.export.passes.lower_cuda import check_cuda_shapes, lower_cuda
+from qwen_rt.export.passes.lower_tensorrt import lower_tensorrt
+from qwen_rt.export.passes.shard import Shard
 from qwen_rt.export.portable import (
     QuantizedLocation,
     WeightLocation,
@@ -27,10 +29,15 @@ from qwen_rt.spec import ModelSpec
 if TYPE_CHECKING:
     from qwen_rt.export.quantize.kv import KvPlan
 
-__all__ = ["COMPUTE_DTYPES", "cuda_graph_bytes", "graph_bytes", "lowered_graph"]
+__all__ = ["COMPUTE_DTYPES", "TENSORRT_TARGETS", "cuda_graph_bytes", "graph_bytes", "lowered_graph"]
 
 COMPUTE_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
-"""Target → dtype of its activations and its KV cache."""
+"""Target → dtype of its activations and its KV cache; the other targets let one choose."""
+
+TENSORRT_TARGETS = ("tensorrt", "tensorrt-rtx")
+"""Targets with the graph of `lower_tensorrt`, which is the same for both."""
+
+_WHOLE = Shard()
 
 
 def lowered_graph(
@@ -42,12 +49,14 @@ def lowered_graph(
     quantized: Mapping[str, QuantizedLocation] | None = None,
     activations: str = "float32",
     kv: KvPlan | None = None,
+    dtype: str = "bfloat16",
+    shard: Shard = _WHOLE,
 ) -> ir.Model:
     """Make the graph of a target.
 
     Args:
         checkpoint: The model.
-        target: A key of `COMPUTE_DTYPES`.
+        target: A key of `COMPUTE_DTYPES`, or one of `TENSORRT_TARGETS`.
         max_length: Positions that the graph can reach.
         locations: Where each parameter's bytes lie, in the dtype in which the target wants them stored.
         exported: A portable graph of this model, to be taken instead of tracing one; changed in place.
@@ -55,6 +64,8 @@ def lowered_graph(
         activations: Target cpu: `float32`, or `int8` to round what int8 and int4 matrices are multiplied by.
         kv: How the KV cache is quantized; None for one of the activations' dtype. Where `locations` has the offsets,
             the graph refers to them and to the biases there; else it holds those of the plan itself.
+        dtype: Targets of TensorRT: dtype of activations and cache, `bfloat16`, `float16` or `float32`.
+        shard: Targets of TensorRT: which rank of a tensor-parallel model the graph is for.
 
     Returns:
         A graph with the inputs and outputs of that target in `qwen_rt.tensors`. It is lowered from a float32 graph,
@@ -62,11 +73,15 @@ def lowered_graph(
 
     Raises:
         GraphError: `exported` is not the portable graph of this model.
+        UsageError: Target of TensorRT: something in `quantized` or `kv` that it lacks, or ranks that the model
+            cannot be split over.
     """
     quantized = quantized or {}
     model = portable_graph(checkpoint, "float32", locations, exported, quantized)
     if target == "cuda":
         model = lower_cuda(model, checkpoint.spec, max_length, quantized, kv)
+    elif target in TENSORRT_TARGETS:
+        model = lower_tensorrt(model, checkpoint.spec, max_length, dtype, quantized, kv, shard)
     else:
         model = lower_cpu(model, checkpoint.spec, max_length, quantized, activations, kv)
     if kv is not None and key_offset_name(0) in locations:

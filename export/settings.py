@@ -7,10 +7,13 @@ from pathlib import Path
 
 from qwen_rt.bundle import PRECISIONS, TARGETS
 from qwen_rt.checkpoint import Checkpoint
+from qwen_rt.engine_card import ENGINE_TARGETS
 from qwen_rt.errors import UsageError
 from qwen_rt.export.lower import COMPUTE_DTYPES
 from qwen_rt.export.passes.lower_cuda import check_cuda_shapes
+from qwen_rt.export.tensorrt.options import EngineOptions, settle_engine
 from qwen_rt.quantization import FORMATS, KV_FORMATS
+from qwen_rt.spec import ModelSpec
 
 __all__ = ["FROM_CHECKPOINT", "BuildOptions", "QuantizeOptions", "Settings", "settle"]
 
@@ -59,16 +62,19 @@ class BuildOptions:
     """What to build.
 
     Attributes:
-        target: `cpu`, `cuda`, or `portable` for the graph before lowering.
+        target: `cpu`, `cuda`, `tensorrt`, `tensorrt-rtx`, or `portable` for the graph before lowering.
         precision: How weights are stored: `fp32`, `bf16`, `fp16`, quantized as `fp8`, `int8` or `int4`, or `auto` for
-            what the checkpoint holds. Of the floats target `cuda` takes bf16 only, which is its `auto`.
+            what the checkpoint holds. Of the floats target `cuda` takes bf16 only, which is its `auto`; an engine of a
+            checkpoint of float32 is `bf16` by itself.
         dtype: Compute dtype of a portable graph: `float32`, `bfloat16`, `float16`, or `auto` for the checkpoint's.
-            The CPU target computes in float32, target `cuda` in bfloat16.
+            The CPU target computes in float32, target `cuda` in bfloat16, an engine in what it is stored in, or in
+            the checkpoint's 16 bits where that is quantized.
         max_length: Positions that the bundle can reach; None for the model's context length.
         quantize: How to quantize, with a quantized precision or cache.
         gate: Compare a quantized model with its source before the bundle is finished.
         num_workers: Threads that convert weights; 0 for one a core.
-        self_contained: Copy the weights into the folder instead of referring to the checkpoint.
+        self_contained: Copy the weights into the folder instead of referring to the checkpoint; engines hold theirs.
+        engine: What to compile an engine for.
         overwrite: Replace an existing bundle.
         quiet: No progress on stderr.
     """
@@ -81,13 +87,17 @@ class BuildOptions:
     gate: bool = True
     num_workers: int = 0
     self_contained: bool = False
+    engine: EngineOptions = field(default_factory=EngineOptions)
     overwrite: bool = False
     quiet: bool = False
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Options with every default replaced by its value; `precision` may be `FROM_CHECKPOINT`."""
+    """Options with every default replaced by its value; `precision` may be `FROM_CHECKPOINT`.
+
+    `engine` is None for a target that has a graph.
+    """
 
     target: str
     precision: str
@@ -97,6 +107,7 @@ class Settings:
     gate: bool
     num_workers: int
     self_contained: bool
+    engine: EngineOptions | None
     quiet: bool
 
     @property
@@ -119,7 +130,8 @@ def settle(checkpoint: Checkpoint, options: BuildOptions) -> Settings:
         check_cuda_shapes(spec)
     precision = _precision(checkpoint, options)
     _check_quantize(options.quantize, precision, options.target)
-    dtype = COMPUTE_DTYPES.get(options.target, options.dtype)
+    is_engine = options.target in ENGINE_TARGETS
+    dtype = _engine_dtype(spec, precision) if is_engine else COMPUTE_DTYPES.get(options.target, options.dtype)
     if dtype == "auto":
         dtype = spec.dtype
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -140,9 +152,16 @@ def settle(checkpoint: Checkpoint, options: BuildOptions) -> Settings:
         options.quantize,
         options.gate,
         options.num_workers,
-        options.self_contained,
+        options.self_contained and not is_engine,
+        settle_engine(spec, options.engine, max_length, dtype, options.target) if is_engine else None,
         options.quiet,
     )
+
+
+def _engine_dtype(spec: ModelSpec, precision: str) -> str:
+    """What an engine computes in: its floats', or beside quantized matrices the checkpoint's 16 bits."""
+    of_floats = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    return of_floats.get(precision, "float16" if spec.dtype == "float16" else "bfloat16")
 
 
 def _precision(checkpoint: Checkpoint, options: BuildOptions) -> str:
@@ -176,6 +195,8 @@ def _precision(checkpoint: Checkpoint, options: BuildOptions) -> str:
     if precision != "auto":
         return precision
     stored = {checkpoint.tensors[name].dtype for name in checkpoint.spec.parameters()}
+    if target in ENGINE_TARGETS:
+        return "fp16" if stored == {"F16"} else "bf16"
     return _PRECISION_OF[stored.pop()] if len(stored) == 1 else "fp32"
 
 
@@ -201,6 +222,12 @@ def _check_quantize(options: QuantizeOptions, precision: str, target: str) -> No
         raise UsageError(f"kv-cache={options.kv_cache}", f"one of auto, {', '.join(KV_FORMATS)}")
     if options.kv_cache is not None and target == "portable":
         raise UsageError("a quantized KV cache in a portable graph", "a bundle", "give --kv-cache to qwen-rt build")
+    if options.kv_cache is not None and target in ENGINE_TARGETS:
+        raise UsageError(
+            f"a {options.kv_cache} KV cache for target {target}, whose KV_CACHE_UPDATE takes 16 or 32 bits",
+            "a cache of floats",
+            "leave --kv-cache out, or build with --target cuda",
+        )
     if options.activations not in _ACTIVATIONS:
         raise UsageError(f"activations={options.activations}", f"one of {', '.join(_ACTIVATIONS)}")
     if options.activations != "float32" and (target != "cpu" or precision not in ("int8", "int4", FROM_CHECKPOINT)):

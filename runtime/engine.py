@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from qwen_rt.runtime.kv_cache import KVCache
 from qwen_rt.runtime.outputs import StreamChunk
 from qwen_rt.runtime.request import Request
 from qwen_rt.runtime.sampler import Sampler
-from qwen_rt.runtime.session import CpuSession
+from qwen_rt.spec import ModelSpec
 
-__all__ = ["PREFILL_CHUNK", "Engine", "plan_prefill"]
+__all__ = ["PREFILL_CHUNK", "Engine", "SlotCache", "SlotSession", "plan_prefill"]
 
 PREFILL_CHUNK = 512
 """Prompt tokens per call: bounds the memory of activations, and how long a running request waits for a new one."""
@@ -48,6 +49,59 @@ def plan_prefill(lengths: Sequence[int], chunk: int = PREFILL_CHUNK) -> list[tup
     return groups
 
 
+class SlotCache(Protocol):
+    """Rows of a cache that one run of requests has; `KVCache` and `LeasedCache` are two."""
+
+    num_rows: int
+
+    def move_row(self, source: int, target: int, num_tokens: int) -> None:
+        """Copy the first `num_tokens` tokens of a row over another row."""
+        ...
+
+    def close(self) -> None:
+        """Give the rows back. Closing twice does nothing."""
+        ...
+
+
+class SlotSession(Protocol):
+    """What the engine needs of a loaded graph; `CpuSession` and `TensorRtSession` are two.
+
+    Attributes:
+        spec: The model's hyperparameters.
+        max_length: Tokens that prompt and output can have together.
+    """
+
+    spec: ModelSpec
+    max_length: int
+
+    def new_cache(self, num_rows: int, capacity: int) -> SlotCache:
+        """Make a cache for `num_rows` sequences, or fewer where no more are to be had, of up to `capacity` tokens."""
+        ...
+
+    def run(
+        self,
+        cache: Any,
+        first_row: int,
+        input_ids: NDArray[np.int64],
+        write_indices: NDArray[np.int64],
+        logits_indices: NDArray[np.int64],
+    ) -> NDArray[np.float32]:
+        """Run the model over new tokens of the rows `first_row … first_row + B - 1`.
+
+        Args:
+            cache: One of `new_cache`. With S = 1 and `first_row` 0, the first token of rows behind those that take
+                part may be overwritten.
+            first_row: First of the B rows.
+            input_ids: int64[B, S]. With B > 1 and S > 1 every `write_indices` must be 0.
+            write_indices: int64[B], cache position of each row's first token.
+            logits_indices: int64[B], token of each row whose logits are wanted, 0 … S - 1.
+
+        Returns:
+            Logits, float32[B, V], until the next call.
+        """
+        ...
+
+
 class Engine:
     """Runs requests on a session.
 
@@ -57,7 +111,7 @@ class Engine:
         max_num_seqs: Most requests that run at once.
     """
 
-    def __init__(self, session: CpuSession, num_tokens: int, max_num_seqs: int) -> None:
+    def __init__(self, session: SlotSession, num_tokens: int, max_num_seqs: int) -> None:
         self.session, self.num_tokens, self.max_num_seqs = session, num_tokens, max_num_seqs
 
     @property
@@ -75,10 +129,16 @@ class Engine:
         num_rows = min(self.max_num_seqs, len(requests))
         capacity = max(len(request.prompt_ids) + request.max_tokens for request in requests)
         cache = self.session.new_cache(num_rows, capacity)
+        try:
+            yield from self._run(cache, waiting)
+        finally:
+            cache.close()
+
+    def _run(self, cache: SlotCache, waiting: deque[Request]) -> Iterator[StreamChunk]:
         sampler = Sampler([], self.session.spec.vocab_size, [], num_tokens=self.num_tokens)
         running: list[Request] = []
         while waiting or running:
-            joining = [waiting.popleft() for _ in range(min(num_rows - len(running), len(waiting)))]
+            joining = [waiting.popleft() for _ in range(min(cache.num_rows - len(running), len(waiting)))]
             if joining:
                 for request in joining:
                     request.sampler_row = sampler.add(request.params, request.prompt_ids)
@@ -91,7 +151,7 @@ class Engine:
             self._retire(cache, sampler, running)
 
     def _prefill(
-        self, cache: KVCache, sampler: Sampler, first_row: int, requests: Sequence[Request]
+        self, cache: SlotCache, sampler: Sampler, first_row: int, requests: Sequence[Request]
     ) -> Iterator[StreamChunk]:
         """Run the prompts of neighbouring rows: one ragged call, or a long prompt in chunks."""
         lengths = np.array([len(request.prompt_ids) for request in requests], np.int64)
@@ -109,7 +169,7 @@ class Engine:
                 logits = self.session.run(cache, first_row, chunk, np.array([start]), last)
         yield from self._choose(sampler, requests, logits)
 
-    def _decode(self, cache: KVCache, sampler: Sampler, running: Sequence[Request]) -> Iterator[StreamChunk]:
+    def _decode(self, cache: SlotCache, sampler: Sampler, running: Sequence[Request]) -> Iterator[StreamChunk]:
         input_ids = np.array([[request.output_ids[-1]] for request in running], np.int64)
         positions = np.array([request.num_tokens - 1 for request in running], np.int64)
         logits = self.session.run(cache, 0, input_ids, positions, np.zeros_like(positions))
@@ -123,7 +183,7 @@ class Engine:
         ]
         yield from chunks
 
-    def _retire(self, cache: KVCache, sampler: Sampler, running: list[Request]) -> None:
+    def _retire(self, cache: SlotCache, sampler: Sampler, running: list[Request]) -> None:
         """Let finished requests go, and close the gaps that they leave."""
         row = 0
         while row < len(running):

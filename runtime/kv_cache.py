@@ -60,3 +60,7 @@ class KVCache:
         """Copy the first `num_tokens` tokens of a row over another row."""
         for buffer in (*self.keys, *self.values):
             buffer[target, :, :num_tokens] = buffer[source, :, :num_tokens]
+
+    def close(self) -> None:
+        """Let the memory go. Closing twice does nothing."""
+        self.keys, self.values = [], []

@@ -7,9 +7,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from qwen_rt.bundle import Bundle, Check
+from qwen_rt.engine_card import ENGINE_TARGETS
 from qwen_rt.errors import BundleError, CapacityError, UsageError
 from qwen_rt.runtime.chat_template import ChatTemplate
 from qwen_rt.runtime.engine import Engine
@@ -20,6 +21,9 @@ from qwen_rt.runtime.sampling_params import SamplingParams, resolve_stop_tokens
 from qwen_rt.runtime.session import CpuSession
 from qwen_rt.runtime.tokenizer import Tokenizer
 from qwen_rt.sizes import parse_size
+
+if TYPE_CHECKING:
+    from qwen_rt.runtime.tensorrt.session import TensorRtSession
 
 __all__ = ["LLM"]
 
@@ -33,15 +37,16 @@ class LLM:
         llm = LLM("nano-cpu")
         print(llm.chat([{"role": "user", "content": "What is 17 + 25?"}]).text)
 
-    A bundle of target `cuda` holds GPU memory until it is closed: use it as a context manager, or call `close`.
+    A bundle of a GPU's target holds GPU memory until it is closed: use it as a context manager, or call `close`.
 
     Args:
         bundle: Folder that `qwen-rt build` wrote.
         num_threads: Target cpu: threads for one operator; 0 takes every core.
-        max_num_seqs: Most requests that run at once; more wait for a free row. Target cuda: 64 at most run at once.
-        device: Target cuda: number of the GPU.
-        kv_memory: Target cuda: memory of the KV cache, in bytes or as a text such as `8GiB`; None: what the GPU has
-            left when the weights are loaded.
+        max_num_seqs: Most requests that run at once; more wait for a free row. Target cuda: 64 at most run at once;
+            an engine has a limit of its own.
+        device: Targets of GPUs: number of the GPU.
+        kv_memory: Targets of GPUs: memory of the KV cache, in bytes or as a text such as `8GiB`; None: what the GPU
+            has left when the weights are loaded, for an engine no more than `max_num_seqs` rows.
         check: How much of the bundle to hash before it is loaded, see `Bundle.open`.
         checkpoint: Folder to take referenced shards from, if they have moved since the build.
         quiet: Report no progress of the loading on stderr.
@@ -83,7 +88,7 @@ class LLM:
         self.bundle = opened
         target = opened.manifest.target
         self.spec, self.max_length = opened.manifest.model, opened.manifest.max_length
-        if target == "cuda":
+        if target in ("cuda", *ENGINE_TARGETS):
             _refuse("num_threads", num_threads, 0, target, "cpu")
         else:
             _refuse("device", device, 0, target, "cuda")
@@ -93,14 +98,18 @@ class LLM:
         self._template: ChatTemplate | None = None
         num_tokens = min(self.tokenizer.vocab_size, self.spec.vocab_size)
         self._engine: Engine | PagedEngine | None
+        self._compiled: TensorRtSession | None = None
         if target == "cuda":
             self._engine = _load_cuda(opened, device, kv_bytes, max_num_seqs, num_tokens, quiet)
+        elif target in ENGINE_TARGETS:
+            self._compiled = _load_compiled(opened, device, kv_bytes, max_num_seqs)
+            self._engine = Engine(self._compiled, num_tokens, self._compiled.max_rows)
         else:
             self._engine = Engine(CpuSession(opened, num_threads), num_tokens, max_num_seqs)
 
     @property
     def session(self) -> Any:
-        """The loaded graph, of the bundle's target: a `CpuSession`, which gives logits too, or a `CudaSession`."""
+        """The loaded graph, of the bundle's target: a `CpuSession`, a `CudaSession` or a `TensorRtSession`."""
         engine = self._running()
         return engine.executor if isinstance(engine, PagedEngine) else engine.session
 
@@ -112,6 +121,8 @@ class LLM:
                 engine.close()
             finally:
                 engine.executor.close()
+        if self._compiled is not None:
+            self._compiled.close()
 
     def __enter__(self) -> Self:
         return self
@@ -299,6 +310,12 @@ def _load_cuda(
     except BaseException:
         session.close()
         raise
+
+
+def _load_compiled(bundle: Bundle, device: int, kv_memory: int | None, max_num_seqs: int) -> TensorRtSession:
+    from qwen_rt.runtime.tensorrt.session import TensorRtSession
+
+    return TensorRtSession(bundle, device=device, kv_memory=kv_memory, max_rows=max_num_seqs)
 
 
 def _is_messages(prompt: object) -> bool:

@@ -15,6 +15,11 @@ number by number.
   "model.layers.0.*" = "bf16"
   "*.mlp.down_proj" = { precision = "int4", group_size = 64 }
 
+--target tensorrt-rtx and tensorrt compile engines, weights inside: one for each of --tp GPUs, for prompts and for
+single tokens, with a card that says which library and GPUs they are for. TensorRT-RTX needs no GPU to compile. A graph
+that the library does not take, or takes apart, is refused with the layer's name. Ctrl-C stops at the library's next
+step.
+
 --target trtllm writes no bundle but a checkpoint for TensorRT-LLM (config.json, a file for each of --tp GPUs), and
 prints the trtllm-build command that makes engines of it.
 """
@@ -25,7 +30,9 @@ import argparse
 from pathlib import Path
 
 from qwen_rt.cli.build_args import add_build_arguments, report
+from qwen_rt.cli.engine_args import add_engine_arguments, engine_options, library_silenced, report_card
 from qwen_rt.cli.trtllm_args import add_trtllm_arguments, refuse_trtllm_arguments, run_trtllm
+from qwen_rt.engine_card import ENGINE_TARGETS
 
 HELP = "checkpoint or portable graph → bundle"
 EPILOG = """\
@@ -36,6 +43,7 @@ example:
   qwen-rt build Qwen2-Math-1.5B-Instruct -o math-1.5b --precision fp32 --max-length 2048
   qwen-rt build Qwen2-Math-7B-Instruct -o math-7b --target cuda --precision int4 --calibrate book.txt
   qwen-rt build Qwen2-Math-72B-Instruct -o math-72b --target cuda --precision int4 --size-budget 48GB
+  qwen-rt build Qwen2-Math-7B-Instruct -o math-7b-rtx --target tensorrt-rtx --compute-capability 8.9 --max-length 4096
   qwen-rt build Qwen2-Math-72B-Instruct -o math-72b-trtllm --target trtllm --precision fp8 --tp 4
 """
 
@@ -46,16 +54,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target",
         default="cpu",
-        choices=["cpu", "cuda", "trtllm"],
+        choices=["cpu", "cuda", "tensorrt", "tensorrt-rtx", "trtllm"],
         help="what runs the bundle: cpu is ONNX Runtime; cuda is ONNX Runtime with this package's kernels, on an "
-        "NVIDIA GPU of compute capability 8.0 or newer; trtllm is a checkpoint for trtllm-build (default: cpu)",
+        "NVIDIA GPU of compute capability 8.0 or newer; tensorrt and tensorrt-rtx are compiled engines; trtllm is a "
+        "checkpoint for trtllm-build (default: cpu)",
     )
     parser.add_argument(
         "--precision",
         default="auto",
         choices=["auto", "fp32", "bf16", "fp16", "fp8", "int8", "int4"],
         help="how weights are stored. fp32, bf16, fp16: as floats; the cpu target computes in float32 from any of "
-        "them, the cuda target takes bf16 only. fp8 (e4m3), int8: a scale for each output channel; int4: a scale for "
+        "them, the cuda target takes bf16 only, engines compute in them. fp8 (e4m3), int8: a scale for each output "
+        "channel; int4: a scale for "
         "128 inputs (default: auto, as the checkpoint stores them, so that none is copied; for cuda bf16)",
     )
     group = parser.add_argument_group("quantization")
@@ -99,6 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--no-gate", action="store_true", help="do not compare with the checkpoint; it is recorded")
     group.add_argument("--workers", type=int, default=0, metavar="N", help="threads that convert (default: all cores)")
+    add_engine_arguments(parser)
     add_trtllm_arguments(parser)
 
 
@@ -119,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
         kv_cache=None if args.kv_cache == "auto" else args.kv_cache,
         activations=args.activations,
     )
+    engine = engine_options(args)
     if args.target == "trtllm":
         return run_trtllm(args, quantize)
     refuse_trtllm_arguments(args)
@@ -130,7 +142,13 @@ def run(args: argparse.Namespace) -> int:
         gate=not args.no_gate,
         num_workers=args.workers,
         self_contained=args.self_contained,
+        engine=engine,
         overwrite=args.force,
         quiet=args.quiet,
     )
-    return report(build(args.source, args.output, options), args.output)
+    with library_silenced(args):
+        manifest = build(args.source, args.output, options)
+    code = report(manifest, args.output)
+    if args.target in ENGINE_TARGETS:
+        report_card(args.output)
+    return code

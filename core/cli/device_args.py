@@ -13,11 +13,11 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     """Declare the options of loading; which of them apply depends on the bundle's target. Returns their group."""
     group = parser.add_argument_group("loading")
     group.add_argument("--threads", type=int, default=0, metavar="N", help="target cpu: threads (default: all cores)")
-    group.add_argument("--device", type=int, default=0, metavar="N", help="target cuda: which GPU (default: 0)")
+    group.add_argument("--device", type=int, default=0, metavar="N", help="targets of GPUs: which one (default: 0)")
     group.add_argument(
         "--kv-memory",
         metavar="SIZE",
-        help="target cuda: GPU memory of the KV cache, in bytes or as 8GiB or 24GB (default: what the weights leave "
+        help="targets of GPUs: memory of the KV cache, in bytes or as 8GiB or 24GB (default: what the weights leave "
         "free); a request that does not fit waits, or is refused if it never can",
     )
     group.add_argument("--checkpoint", metavar="FOLDER", help="where the weights are, if they have moved")

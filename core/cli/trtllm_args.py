@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from qwen_rt.engine_card import ENGINE_TARGETS
 from qwen_rt.errors import UsageError, one_line
 from qwen_rt.progress import format_count
 
@@ -15,21 +16,25 @@ __all__ = ["add_trtllm_arguments", "refuse_trtllm_arguments", "run_trtllm"]
 
 
 def add_trtllm_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options that only this target has."""
-    group = parser.add_argument_group("TensorRT-LLM (--target trtllm)")
+    """Declare the option that this target shares with compiled engines."""
+    group = parser.add_argument_group("several GPUs (--target trtllm, tensorrt, tensorrt-rtx)")
     group.add_argument(
-        "--tp", type=int, metavar="N", help="GPUs that share the model, a file for each: 1, 2, 4 or 8 (default: 1)"
+        "--tp",
+        type=int,
+        metavar="N",
+        help="GPUs that share the model, a file or an engine for each: 1, 2, 4 or 8 (default: 1)",
     )
 
 
 def refuse_trtllm_arguments(args: argparse.Namespace) -> None:
-    """Refuse those options for another target.
+    """Refuse it for a target of one GPU.
 
     Raises:
         UsageError: `--tp` was given.
     """
-    if args.tp is not None:
-        raise UsageError(f"--tp with target {args.target}", "--target trtllm", "leave --tp out")
+    if args.tp is not None and args.target not in ENGINE_TARGETS:
+        expected = f"--target trtllm, {' or '.join(ENGINE_TARGETS)}"
+        raise UsageError(f"--tp with target {args.target}", expected, "leave --tp out")
 
 
 def run_trtllm(args: argparse.Namespace, quantize: QuantizeOptions) -> int:

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="problems of the nano set to answer (default: 200 for a bundle of nano, else none)",
     )
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all cores)")
-    parser.add_argument("--device", type=int, default=0, metavar="N", help="target cuda: which GPU (default: 0)")
+    parser.add_argument("--device", type=int, default=0, metavar="N", help="targets of GPUs: which one (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON")
     parser.add_argument(
         "--picture", type=Path, metavar="FILE", help="quantized bundles: draw the errors by layer, .svg or .png"

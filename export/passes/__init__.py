@@ -12,7 +12,10 @@
 | `lower_cpu`     | all of these, in the order that ONNX Runtime's CPU kernels want             |
 | `decoder`       | no change: every node of a portable graph checked against the model's spec  |
 | `lower_cuda`    | that check, then a new graph of our plugin ops over a paged cache           |
+| `dequantize`    | DequantizeLinear on quantized matrices, in the forms that TensorRT takes    |
+| `shard`         | tensor parallel: what one rank of several has of the weights                |
+| `lower_tensorrt`| that check, then a new graph for TensorRT's ONNX parser                     |
 
-`graph_tools` and `matcher` are what they share to edit and to read a graph, `plugin_node` makes a node from the op
-table.
+`graph_tools` and `matcher` are what they share to edit and to read a graph, `graph_writer` writes one of standard
+operators, `plugin_node` makes a node from the op table.
 """

@@ -31,8 +31,9 @@ from qwen_rt.export.quantize.prepare import Prepared, prepare
 from qwen_rt.export.quantize.rounding import quantize_rows
 from qwen_rt.export.settings import FROM_CHECKPOINT, QuantizeOptions
 from qwen_rt.export.source import Source, open_source
+from qwen_rt.export.tensor_parallel import Part, Span, check_tp
 from qwen_rt.export.trtllm import config, encoding
-from qwen_rt.export.trtllm.layout import Part, Span, Target, check_tp, layout
+from qwen_rt.export.trtllm.layout import Target, layout
 from qwen_rt.export.weights import BLOCK_BYTES, in_order, one_thread_a_worker
 from qwen_rt.progress import progress
 from qwen_rt.quantization import FORMATS, Scheme

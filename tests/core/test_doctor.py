@@ -60,7 +60,7 @@ def test_versions_are_those_installed(report: doctor.Report) -> None:
 def test_cpu_is_ready_wherever_the_package_is_installed(report: doctor.Report) -> None:
     if not importlib.metadata.distribution("qwen-rt"):
         pytest.skip("qwen-rt is not installed")
-    assert report.targets[0] == TargetStatus("cpu", TARGETS[0].role, "ready")
+    assert report.targets[0] == TargetStatus("cpu", TARGETS[0].role, "ready", evidence=TARGETS[0].evidence)
     assert "CPUExecutionProvider" in (report.providers or ())
 
 
