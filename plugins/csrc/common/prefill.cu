@@ -253,7 +253,7 @@ bool takes_products(const QwenRtCall& call, const PrefillShape& shape, const Pre
                     const PrefillOutput& output) {
     if (shape.rows > kMaxRows) return true;
     Device device;
-    if (shape.rows <= kMostSkinnyRows || current_device(&device) != cudaSuccess) return false;
+    if (shape.rows <= kMostSkinnyRows || is_batch_invariant() || current_device(&device) != cudaSuccess) return false;
     const Way way = way_on(device, shape, m);
     bool is_whole = shape.k % 64 == 0;
     for (const int64_t units : shape.units) is_whole &= units % 8 == 0;
