@@ -7,7 +7,8 @@ Writes a checkpoint of that many layers, builds a bundle of target cuda in every
 and then token by token, and compares the logits after every one of these steps with those of transformers in float32,
 on the checkpoint's bf16 weights. Of a quantized bundle they are also compared with transformers on the bundle's own
 numbers, which tells a wrong kernel from a coarse number. The session rounds activations to bf16; a prefill on fp8
-matrices rounds them to fp8.
+matrices rounds them to fp8. The logits of a row among four others must be bit-equal to those alone; of fp8 and int8
+matrices only with QWEN_RT_BATCH_INVARIANT=1 (docs/gpu.md).
 
 `--through references` needs no GPU: the bundle's graph runs through the numpy references of its ops, which round where
 the kernels do but add up in float64 (benchmarks/reference_graph.py). Its rows say so by their contender; they show what
@@ -282,8 +283,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{name}, {drawn}, {precision}: {metrics}", flush=True)
                 if on_gpu:
                     equal = check["rows_bit_equal"]
-                    check["what"] += "; rows bit-equal alone and among others"
-                    check["passed"] &= equal
+                    if precision not in ("fp8", "int8") or os.environ.get("QWEN_RT_BATCH_INVARIANT") == "1":
+                        check["what"] += "; rows bit-equal alone and among others"
+                        check["passed"] &= equal
                     print("logits among four others:", "bit-equal" if equal else "DIFFERENT", flush=True)
                 missed += value < limit or not check["passed"]
                 if args.dry_run or not check["passed"]:

@@ -38,7 +38,8 @@ class QuantizeOptions:
         write_overrides: File to write what the budget chose to, as one for `overrides`.
         calibrate: UTF-8 text whose activations decide scales.
         kv_cache: `fp8` or `int8`; None for a cache of the activations' dtype.
-        activations: Target cpu: `float32`, or `int8` to multiply int8 and int4 matrices by rounded activations.
+        activations: Target cpu: `float32`, or `int8` to multiply int8 and int4 matrices by rounded activations; the
+            latter is SmoothQuant in a checkpoint for TensorRT-LLM.
     """
 
     group_size: int | None = None
@@ -231,4 +232,5 @@ def _check_quantize(options: QuantizeOptions, precision: str, target: str) -> No
     if options.activations not in _ACTIVATIONS:
         raise UsageError(f"activations={options.activations}", f"one of {', '.join(_ACTIVATIONS)}")
     if options.activations != "float32" and (target != "cpu" or precision not in ("int8", "int4", FROM_CHECKPOINT)):
-        raise UsageError("--activations int8", "--target cpu with --precision int8 or int4", "leave --activations out")
+        expected = "--target cpu with --precision int8 or int4, or --target trtllm with int8"
+        raise UsageError("--activations int8", expected, "leave --activations out")

@@ -45,6 +45,7 @@ example:
   qwen-rt build Qwen2-Math-72B-Instruct -o math-72b --target cuda --precision int4 --size-budget 48GB
   qwen-rt build Qwen2-Math-7B-Instruct -o math-7b-rtx --target tensorrt-rtx --compute-capability 8.9 --max-length 4096
   qwen-rt build Qwen2-Math-72B-Instruct -o math-72b-trtllm --target trtllm --precision fp8 --tp 4
+  qwen-rt build Qwen2-Math-7B-Instruct -o sq --target trtllm --precision int8 --activations int8 --calibrate book.txt
 """
 
 
@@ -104,8 +105,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--activations",
         default="float32",
         choices=["float32", "int8"],
-        help="cpu target: what int8 and int4 matrices are multiplied by; int8 is faster and less exact "
-        "(default: float32)",
+        help="what quantized matrices are multiplied by; int8 is faster and less exact. cpu target: for int8 and int4. "
+        "trtllm with --precision int8: SmoothQuant (W8A8), smoothed by the text of --calibrate (default: float32; on "
+        "GPUs the dtype of the model)",
     )
     group.add_argument("--no-gate", action="store_true", help="do not compare with the checkpoint; it is recorded")
     group.add_argument("--workers", type=int, default=0, metavar="N", help="threads that convert (default: all cores)")

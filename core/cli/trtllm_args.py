@@ -53,8 +53,9 @@ def run_trtllm(args: argparse.Namespace, quantize: QuantizeOptions) -> int:
     )
     result = convert(args.source, args.output, options)
     ranks = f"{tp} rank{'s' * (tp > 1)}"
-    text = f"trtllm {result.precision}, {result.dtype}, {ranks}: {format_count(result.nbytes, 'B')} in {args.output}"
-    print(one_line(text))
+    activations = " with int8 activations" if quantize.activations == "int8" else ""
+    size = format_count(result.nbytes, "B")
+    print(one_line(f"trtllm {result.precision}{activations}, {result.dtype}, {ranks}: {size} in {args.output}"))
     print("build the engine with TensorRT-LLM 1.2, on a machine that has its GPUs:")
     print(result.command if result.command.isprintable() else one_line(result.command))  # whole, to be copied
     return 0

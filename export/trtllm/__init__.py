@@ -2,6 +2,7 @@
 
     layout.py     which rows and columns of which parameter a rank holds, under which name
     encoding.py   how a block of rows is stored: floats, fp8 with a scale a row, int4 with a scale a group
+    smoothquant.py  int8 for int8 activations: what is stored beside it, and what fits
     config.py     config.json, and the command that builds an engine
     writer.py     one pass over the source that writes all ranks side by side
 

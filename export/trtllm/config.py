@@ -11,16 +11,16 @@ from typing import Any
 
 from qwen_rt._version import __version__
 from qwen_rt.errors import UnsupportedModelError
+from qwen_rt.export.trtllm import smoothquant
 from qwen_rt.quantization import Scheme
 from qwen_rt.spec import ModelSpec
 
-__all__ = ["ENGINE_RELEASE", "QUANT_ALGOS", "build_command", "check_rope", "trtllm_config"]
+__all__ = ["ENGINE_RELEASE", "build_command", "check_rope", "quant_algo", "trtllm_config"]
 
 ENGINE_RELEASE = "1.2"
 """The last release line of TensorRT-LLM that has trtllm-build."""
 
-QUANT_ALGOS = {"fp8": "FP8_PER_CHANNEL_PER_TOKEN", "int8": "W8A16", "int4": "W4A16_AWQ"}
-"""Precision of the layers' matrices → `quant_algo`; floats have none."""
+_QUANT_ALGOS = {"fp8": "FP8_PER_CHANNEL_PER_TOKEN", "int8": "W8A16", "int4": "W4A16_AWQ"}
 
 _MAX_BATCH_SIZE = 8
 
@@ -37,6 +37,16 @@ def check_rope(spec: ModelSpec) -> None:
             "default or linear rope",
             "remove rope_scaling, or choose another target",
         )
+
+
+def quant_algo(precision: str, scheme: Scheme | None) -> str | None:
+    """What TensorRT-LLM calls the way the layers' matrices are stored; None for floats.
+
+    Args:
+        precision: Of the layers' matrices.
+        scheme: Their scheme, if they are stored quantized.
+    """
+    return smoothquant.QUANT_ALGO if smoothquant.is_smoothquant(scheme) else _QUANT_ALGOS.get(precision)
 
 
 def trtllm_config(
@@ -84,7 +94,7 @@ def trtllm_config(
         "num_labels": 1,
         "mapping": {"world_size": tp, "tp_size": tp, "pp_size": 1},
         "quantization": {
-            "quant_algo": QUANT_ALGOS.get(precision),
+            "quant_algo": quant_algo(precision, scheme),
             "kv_cache_quant_algo": None,
             "group_size": scheme.group_size if scheme is not None and scheme.group_size else 128,
             "has_zero_point": False,

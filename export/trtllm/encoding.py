@@ -4,9 +4,13 @@
 |-----------|-----------------------------|-----------------------|----------------------------------------|
 | bf16 fp16 | none                        | BF16 or F16 [N, K]    | –                                      |
 | int8      | `W8A16`                     | BF16 or F16 [N, K]    | made by trtllm-build from the weights  |
+| int8 ¹    | `W8A8_SQ_PER_CHANNEL_…`     | I8 [N, K]             | `per_channel_scale` F32 [1, N]         |
 | fp8       | `FP8_PER_CHANNEL_PER_TOKEN` | F8_E4M3 [N, K]        | `per_channel_scale` F32 [N]            |
 | int4      | `W4A16_AWQ`                 | I8 [N/2, K]           | `weights_scaling_factor` F16 [N, K/g]  |
 
+¹ with int8 activations: `smoothquant.py` has the rest of it.
+
+    w[n, k] = scale[n] · value[n, k]                      int8 with int8 activations
     w[n, k] = scale[n] · e4m3[n, k]                       fp8
     w[n, k] = scale[n, k // g] · value[n, k]              int4, two's complement, -8 to 7, g = 64 or 128
 
@@ -39,6 +43,7 @@ __all__ = [
     "GROUP_SIZES",
     "ROUNDED_BY_BUILDER",
     "Slice",
+    "Tensors",
     "check_scheme_fits",
     "check_widths",
     "cut",
@@ -57,6 +62,7 @@ ROUNDED_BY_BUILDER = "int8"
 _TILE = 64  # its weight-only layers are built larger where a side, dealt out to the ranks, is no multiple of it
 
 Tensors = tuple[tuple[str, str, tuple[int, ...]], ...]
+"""(name, safetensors dtype, shape) each."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ def tensors_of(target: Target, scheme: Scheme | None, dtype: str) -> Tensors:
 
     Args:
         target: What is stored.
-        scheme: fp8 or int4 scheme of the layers' matrices; None stores floats.
+        scheme: fp8, int8 or int4 scheme of the layers' matrices; None stores floats.
         dtype: Of floats, `BF16` or `F16`.
     """
     if scheme is None or not target.is_linear:
@@ -80,6 +86,8 @@ def tensors_of(target: Target, scheme: Scheme | None, dtype: str) -> Tensors:
     stem, (rows, columns) = target.name.removesuffix(".weight"), target.shape
     if scheme.format == "fp8":
         return (target.name, "F8_E4M3", target.shape), (f"{stem}.per_channel_scale", "F32", (rows,))
+    if scheme.format == "int8":
+        return (target.name, "I8", target.shape), (f"{stem}.per_channel_scale", "F32", (1, rows))
     scale = (f"{stem}.weights_scaling_factor", "F16", (rows, columns // scheme.group_size))
     return (target.name, "I8", (rows // 2, columns)), scale
 
@@ -103,11 +111,11 @@ def slices(tensor: QuantizedTensor, width: int, num_slices: int) -> list[Slice]:
     """Store quantized rows, their columns dealt out to ranks: one slice for each, zeros where the columns end.
 
     Args:
-        tensor: fp8 with a scale for each row, or symmetric int4, an even number of rows.
+        tensor: fp8 or int8 with a scale for each row, or symmetric int4, an even number of rows.
         width: Columns of a slice, whole groups.
         num_slices: How many.
     """
-    if tensor.scheme.format == "fp8":
+    if tensor.scheme.format != "int4":
         scale = tensor.scale.astype("<f4").tobytes()
         values = tensor.values.view(np.uint8)
         return [Slice(cut(values, index, width).tobytes(), scale) for index in range(num_slices)]
@@ -136,10 +144,11 @@ def check_scheme_fits(name: str, scheme: Scheme) -> None:
     by_rows = scheme.format == "fp8" and not scheme.group_size
     grouped = scheme.format == "int4" and scheme.group_size in GROUP_SIZES
     if not (by_rows or grouped) or not scheme.symmetric or scheme.permuted:
+        hint = "add --activations int8" if scheme == Scheme("int8") else "take a checkpoint of floats"
         raise UsageError(
             f"{name} in {scheme} for target trtllm",
             "fp8 with a scale a row, or symmetric int4 in groups of 64 or 128 without act-order",
-            "take a checkpoint of floats, or build with --precision bf16",
+            f"{hint}, or build with --precision bf16",
         )
 
 

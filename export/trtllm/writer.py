@@ -32,7 +32,7 @@ from qwen_rt.export.quantize.rounding import quantize_rows
 from qwen_rt.export.settings import FROM_CHECKPOINT, QuantizeOptions
 from qwen_rt.export.source import Source, open_source
 from qwen_rt.export.tensor_parallel import Part, Span, check_tp
-from qwen_rt.export.trtllm import config, encoding
+from qwen_rt.export.trtllm import config, encoding, smoothquant
 from qwen_rt.export.trtllm.layout import Target, layout
 from qwen_rt.export.weights import BLOCK_BYTES, in_order, one_thread_a_worker
 from qwen_rt.progress import progress
@@ -58,7 +58,7 @@ class TrtllmOptions:
             stores float16, else bf16).
         tp: Ranks: 1, 2, 4 or 8.
         max_length: Positions that the printed command gives an engine; None for the model's context length.
-        quantize: `group_size` and `calibrate` count; the others have no counterpart and are refused.
+        quantize: `group_size`, `calibrate` and `activations` count; the others have no counterpart and are refused.
         num_workers: Threads that convert; 0 for one a core.
         overwrite: Replace an existing folder of this kind.
         quiet: No progress on stderr.
@@ -75,10 +75,19 @@ class TrtllmOptions:
 
 @dataclass(frozen=True)
 class TrtllmResult:
-    """What was written: precision of the layers' matrices, dtype of the rest, bytes, and how an engine is built."""
+    """What was written.
+
+    Attributes:
+        precision: Of the layers' matrices.
+        dtype: Of the rest.
+        quant_algo: What TensorRT-LLM calls it; None for floats.
+        nbytes: All of the weights' files.
+        command: Builds an engine.
+    """
 
     precision: str
     dtype: str
+    quant_algo: str | None
     nbytes: int
     command: str
 
@@ -92,6 +101,10 @@ class _Plan:
     scheme: Scheme | None
     max_length: int
     ffn: int
+
+    @property
+    def quant_algo(self) -> str | None:
+        return config.quant_algo(self.precision, self.scheme)
 
 
 def convert(source: str | Path, out: str | Path, options: TrtllmOptions | None = None) -> TrtllmResult:
@@ -124,13 +137,14 @@ def convert(source: str | Path, out: str | Path, options: TrtllmOptions | None =
                 raise refused from error
             raise
     command = config.build_command(out, options.tp, plan.max_length)
-    return TrtllmResult(plan.precision, _DTYPES[plan.dtype], nbytes, command)
+    return TrtllmResult(plan.precision, _DTYPES[plan.dtype], plan.quant_algo, nbytes, command)
 
 
 def _settle(checkpoint: Checkpoint, options: TrtllmOptions) -> _Plan:
     """Fill in what was left open, and refuse what does not fit."""
     spec, wanted = checkpoint.spec, options.quantize
     _refuse_options(wanted)
+    smoothquant.check_options(options.precision, wanted, bool(checkpoint.quantized))
     check_tp(spec, options.tp)
     config.check_rope(spec)
     limit = spec.context_length
@@ -142,7 +156,8 @@ def _settle(checkpoint: Checkpoint, options: TrtllmOptions) -> _Plan:
     precision, dtype = options.precision, "F16" if spec.dtype == "float16" else "BF16"
     scheme = None
     if precision == "auto" and checkpoint.quantized:
-        scheme = _stored_scheme(checkpoint)
+        _refuse_without_quantization(wanted, "of a checkpoint that is quantized", "a checkpoint of floats")
+        scheme = _stored_scheme(checkpoint, wanted.activations)
         precision = scheme.format
     elif precision == "auto":
         precision = "fp16" if dtype == "F16" else "bf16"
@@ -156,12 +171,13 @@ def _settle(checkpoint: Checkpoint, options: TrtllmOptions) -> _Plan:
         raise UsageError(f"precision={precision} for target trtllm", f"one of auto, {', '.join((*_FLOATS, *FORMATS))}")
     if precision in _FLOATS:
         dtype = _FLOATS[precision]
-        if wanted.calibrate is not None or wanted.group_size is not None:
-            flag = "--calibrate" if wanted.calibrate is not None else "--group-size"
-            raise UsageError(f"{flag} without quantization", f"--precision {' or '.join(FORMATS)}", f"leave {flag} out")
+        _refuse_without_quantization(wanted, "without quantization", f"--precision {' or '.join(FORMATS)}")
+    if precision == encoding.ROUNDED_BY_BUILDER and wanted.group_size:
+        raise UsageError(f"int8 with group_size={wanted.group_size} for target trtllm", "a scale a channel")
+    if wanted.activations == "int8":
+        smoothquant.check_widths(spec, options.tp)
+        return _Plan(precision, dtype, scheme, max_length, smoothquant.ffn_width(spec, options.tp))
     if precision == encoding.ROUNDED_BY_BUILDER:
-        if wanted.group_size:
-            raise UsageError(f"int8 with group_size={wanted.group_size} for target trtllm", "a scale a channel")
         scheme = None
     if scheme is not None:
         encoding.check_scheme_fits("a matrix", scheme)
@@ -169,6 +185,14 @@ def _settle(checkpoint: Checkpoint, options: TrtllmOptions) -> _Plan:
     encoding.check_widths(spec, options.tp, precision, group_size)
     ffn = encoding.ffn_width(spec, options.tp, precision, group_size)
     return _Plan(precision, dtype, scheme, max_length, ffn)
+
+
+def _refuse_without_quantization(options: QuantizeOptions, where: str, expected: str) -> None:
+    """Refuse what says how matrices are rounded, where none is."""
+    given = {"--calibrate": options.calibrate, "--group-size": options.group_size}
+    flag = next((name for name, value in given.items() if value is not None), None)
+    if flag is not None:
+        raise UsageError(f"{flag} {where}", expected, f"leave {flag} out")
 
 
 def _refuse_options(options: QuantizeOptions) -> None:
@@ -184,16 +208,10 @@ def _refuse_options(options: QuantizeOptions) -> None:
     flag = next((name for name, is_given in given.items() if is_given), None)
     if flag is not None:
         raise UsageError(f"{flag} with target trtllm", "one precision for all layers", f"leave {flag} out")
-    if options.activations != "float32":
-        raise UsageError(
-            f"--activations {options.activations} with target trtllm",
-            "weights alone in int8: SmoothQuant (W8A8) is not written",
-            "leave --activations out",
-        )
 
 
-def _stored_scheme(checkpoint: Checkpoint) -> Scheme:
-    """The one scheme of a quantized checkpoint's layers."""
+def _stored_scheme(checkpoint: Checkpoint, activations: str) -> Scheme:
+    """The one scheme of a quantized checkpoint's layers, which fits."""
     quantized, (first, *others) = checkpoint.quantized, layer_matrices(checkpoint.spec)
     scheme = quantized[first].scheme if first in quantized else None
     for name in others:
@@ -206,7 +224,8 @@ def _stored_scheme(checkpoint: Checkpoint) -> Scheme:
             )
     if scheme is None:
         raise UsageError(f"{first} in floats beside quantized embeddings", "layers", "build with --precision bf16")
-    encoding.check_scheme_fits(first, scheme)
+    check = smoothquant.check_scheme if activations == "int8" else encoding.check_scheme_fits
+    check(first, scheme)
     return scheme
 
 
@@ -214,7 +233,14 @@ def _write(source: Source, plan: _Plan, options: TrtllmOptions, folder: Path) ->
     """Write all files; returns the bytes of the weights."""
     checkpoint = source.checkpoint
     targets = layout(checkpoint.spec, options.tp, plan.ffn)
-    tensors = [entry for target in targets for entry in encoding.tensors_of(target, plan.scheme, plan.dtype)]
+    tensors = [
+        entry
+        for target in targets
+        for entry in (
+            *encoding.tensors_of(target, plan.scheme, plan.dtype),
+            *smoothquant.ones_of(target, plan.scheme),
+        )
+    ]
     header, ranges = write_header(tensors, {"format": "pt"})
     rank_bytes = len(header) + sum(place.nbytes for place in ranges.values())
     require_free_space(folder, rank_bytes * options.tp)
@@ -252,6 +278,7 @@ def _write(source: Source, plan: _Plan, options: TrtllmOptions, folder: Path) ->
         "trtllm": config.ENGINE_RELEASE,
         "checkpoint": {"path": source.origin, "fingerprint": source.fingerprint},
         "precision": plan.precision,
+        "quant_algo": plan.quant_algo,
         "method": None if plan.precision in _FLOATS else prepared.method,
         "files": {
             name: {"nbytes": rank_bytes, "sha256": digest.hexdigest()}
@@ -287,6 +314,8 @@ class _Maker:
             yield rank, bytes(missing * row_bytes[0])
             if len(tensors) > 1:
                 yield rank, b"".join(held) + bytes(missing * row_bytes[1])
+            for _, _, shape in smoothquant.ones_of(target, self._plan.scheme):
+                yield rank, smoothquant.ones_bytes(shape)
 
     def _tasks(self, target: Target) -> Iterator[Callable[[], Pieces]]:
         make = self._quantized if target.is_linear and self._plan.scheme is not None else self._floats

@@ -247,7 +247,6 @@ def refused(source: Path | str, out: Path, **options: Any) -> str:
         ({"precision": "int4", "tp": 8}, ("int4 over 8 ranks", "a multiple of 1024", "smaller --group-size")),
         ({"precision": "int4", "quantize": QuantizeOptions(group_size=32)}, ("int4 g32", "64 or 128")),
         ({"precision": "int4", "quantize": QuantizeOptions(symmetric=False)}, ("--asymmetric", "leave")),
-        ({"precision": "int8", "quantize": QuantizeOptions(activations="int8")}, ("SmoothQuant (W8A8)", "not written")),
         ({"precision": "int8", "quantize": QuantizeOptions(group_size=64)}, ("group_size=64", "a scale a channel")),
         ({"precision": "fp8", "quantize": QuantizeOptions(kv_cache="fp8")}, ("--kv-cache", "target trtllm")),
         ({"quantize": QuantizeOptions(group_size=64)}, ("--group-size without quantization",)),

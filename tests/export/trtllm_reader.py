@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 
 Arrays = dict[str, NDArray[np.float32]]
 
+SMOOTHQUANT = "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN"
+
 
 class TrtllmCheckpoint:
     """A folder of `config.json` and `rank{r}.safetensors`, all of it in memory."""
@@ -58,6 +60,9 @@ class TrtllmCheckpoint:
             group = self.config["quantization"]["group_size"]
             assert scale.shape == (values.shape[0], values.shape[1] // group)
             return (values * scale.repeat_interleave(group, dim=1)).numpy()
+        if self.algorithm == SMOOTHQUANT:
+            values, scale, smoother = int8_matrix(rank, stem)
+            return (values.astype(np.float32) * scale[:, None]) / smoother
         assert weight.dtype == self.dtype
         assert f"{stem}.per_channel_scale" not in rank
         found = weight.to(torch.float32)
@@ -98,12 +103,23 @@ class TrtllmCheckpoint:
             suffixes = ("weight", "bias", "per_channel_scale", "weights_scaling_factor")
             used |= {f"{theirs}.{stem}.{suffix}" for stem in stems for suffix in suffixes}
             used |= {f"{theirs}.input_layernorm.weight", f"{theirs}.post_layernorm.weight"}
+            if self.algorithm == SMOOTHQUANT:
+                used |= self._ones(theirs)
         assert self.ranks[0].keys() <= used
         head = np.concatenate([self._floats(rank, "lm_head.weight") for rank in self.ranks])
         assert len(head) == -(-config["vocab_size"] // self.tp) * self.tp
         assert not head[config["vocab_size"] :].any()
         found["lm_head.weight"] = head[: config["vocab_size"]]
         return found
+
+    def _ones(self, theirs: str) -> set[str]:
+        """What the loader demands of a layer in W8A8 with a scale a token, beside matrices, scales and norms."""
+        norms = {f"{theirs}.{norm}.scale_to_int" for norm in ("input_layernorm", "post_layernorm")}
+        for rank in self.ranks:
+            for name in norms:
+                assert rank[name].dtype == torch.float32
+                assert rank[name].tolist() == [1.0]
+        return norms | {f"{theirs}.attention.dense.smoother", f"{theirs}.mlp.proj.smoother"}
 
     def _floats(self, rank: dict[str, torch.Tensor], name: str) -> NDArray[np.float32]:
         assert rank[name].dtype == self.dtype
@@ -114,6 +130,22 @@ class TrtllmCheckpoint:
         first, *others = (self._floats(rank, name) for rank in self.ranks)
         assert all(np.array_equal(first, other) for other in others)
         return first
+
+
+def int8_matrix(
+    rank: dict[str, torch.Tensor], stem: str
+) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.float32]]:
+    """Values int8 [N, K], scales of rows float32 [N], and what divides the inputs, float32 [K], of a W8A8 linear."""
+    weight, scale = rank[f"{stem}.weight"], rank[f"{stem}.per_channel_scale"]
+    assert (weight.dtype, scale.dtype) == (torch.int8, torch.float32)
+    assert scale.shape == (1, weight.shape[0])
+    smoother = torch.ones(1, weight.shape[1])
+    if stem.endswith(("dense", "proj")):
+        smoother = rank[f"{stem}.smoother"]
+        assert smoother.dtype == torch.float32
+        assert smoother.shape == (1, weight.shape[1])
+        assert smoother.min() > 0
+    return weight.numpy(), scale[0].numpy(), smoother[0].numpy()
 
 
 def _split_qkv(parts: Sequence[NDArray[np.float32]], width: int, heads: int, kv_heads: int) -> Arrays:

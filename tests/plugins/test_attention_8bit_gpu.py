@@ -82,6 +82,17 @@ def test_decode_with_huge_offsets(call: OpCaller, model: str, kv_format: str, of
 
 
 @pytest.mark.parametrize("kv_format", KV_FORMATS)
+@pytest.mark.parametrize("model", ["0.5b", "7b"])
+def test_decode_with_huge_offsets_in_few_dims(call: OpCaller, model: str, kv_format: str) -> None:
+    """As in released models: some parts of a head need all products of the offset, others one."""
+    case = Paged(HEADS[model], [40, 1000, 5000, 30000], kv_format=kv_format, offset=1.0)
+    case.cache = dataclasses.replace(case.cache, value_offset=None)
+    case.cache.key_offset[:, -8:] *= 300
+    reference, *_ = case.reference()
+    check(OP, case.run(call), reference)
+
+
+@pytest.mark.parametrize("kv_format", KV_FORMATS)
 def test_decode_128k_tokens(call: OpCaller, kv_format: str) -> None:
     case = Paged(HEADS["7b"], [131071, 131070], kv_format=kv_format)
     check(OP, case.run(call), case.reference()[0])

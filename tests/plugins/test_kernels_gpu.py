@@ -232,9 +232,10 @@ def test_attention_fills_the_cache_and_no_more(call: OpCaller) -> None:
     assert out[1].isfinite().all()
 
 
-def test_attention_does_not_depend_on_batch_mates_or_bucket(call: OpCaller) -> None:
-    lengths = [700, 33, 6000, 256, 4000]
-    case = Paged(MODELS["7b"], lengths, 64)
+@pytest.mark.parametrize("model", ["0.5b", "7b"])
+def test_attention_does_not_depend_on_batch_mates_or_bucket(call: OpCaller, model: str) -> None:
+    lengths = [700, 33, 6000, 256, 4000, 129]
+    case = Paged(MODELS[model], lengths, 64)
     together = case.run(call)
     for row in range(len(lengths)):
         alone = case.run(call, slice(row, row + 1), max_length=lengths[row])

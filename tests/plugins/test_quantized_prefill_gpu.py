@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -35,6 +36,10 @@ from .quantized_kit import (  # noqa: E402
     run_residual,
 )
 
+MOST_SHORT = 2**-6
+"""Of a sum of e4m3 products of one sign: f32 takes it over from the matrix units every 1024 columns or so, whose 14
+bits lose 2^-8 by then; rounding to bf16 2^-9, and activations that fall to either side of a tie as much."""
+
 
 @pytest.mark.parametrize("rows", [65, 999])
 @pytest.mark.parametrize(("model", "scheme"), cases(("nano", "1.5b", "7b"), SCHEMES))
@@ -61,6 +66,50 @@ def test_prefill(call: OpCaller, model: str, scheme: Scheme, rows: int) -> None:
     for part in torch.tensor_split(torch.arange(rows), 8):
         check("down_residual", residual[part], reference[part], **fine)
     assert call.counters_are_zero()
+
+
+@pytest.mark.parametrize("rows", [2048, 2500])
+@pytest.mark.parametrize("model", ["nano", "1.5b", "7b"])
+def test_fp8_prefill_of_more_rows(call: OpCaller, model: str, rows: int) -> None:
+    s, scheme = MODELS[model], Scheme("fp8")
+    fp8 = torch.cuda.get_device_capability() == (9, 0)
+    kind = {"is_prefill": True, "is_fine": not fp8, "is_fp8": fp8}
+    x, norm, pair = hidden_rows(rows, s.hidden), norm_weight(s.hidden), pair_of(model, scheme)
+    out = run_pair(call, x, norm, pair)
+    check("rmsnorm_gate_up_silu", out, references.rmsnorm_gate_up_silu(x, norm, *pair, EPSILON, fp8=fp8), **kind)
+    assert torch.equal(run_pair(call, x, norm, pair), out), "other bits the second time"
+    down, y = random_matrix(scheme, s.hidden, s.ffn), random_bf16(rows, s.ffn)
+    reference = references.o_proj_residual(y, down, x, fp8=fp8)
+    residual = x.clone()
+    run_residual(call, "down_residual", y, down, residual, residual)
+    for part in torch.tensor_split(torch.arange(rows), 8):
+        check("down_residual", residual[part], reference[part], **kind)
+    assert call.counters_are_zero()
+
+
+def test_fp8_products_are_the_same_wherever_matrices_lie(call: OpCaller) -> None:
+    rows, k, widths = 2100, 8320, [384, 128, 128]  # so many columns that they are summed in f32
+    x, norm, bias = hidden_rows(rows, k), norm_weight(k), random_bf16(sum(widths))
+    together = random_matrix(Scheme("fp8"), sum(widths), k).split(widths)
+    apart = [replace(m, weight=m.weight.clone(), scale=m.scale.clone()) for m in together if m.scale is not None]
+    out = run_qkv(call, x, norm, together, list(bias.split(widths)))
+    fp8 = torch.cuda.get_device_capability() == (9, 0)
+    reference = references.rmsnorm_qkv(x, norm, together, bias.split(widths), EPSILON, fp8=fp8)
+    check("rmsnorm_qkv", out, reference, is_prefill=True, is_fine=not fp8, is_fp8=fp8)
+    assert torch.equal(run_qkv(call, x, norm, apart, [part.clone() for part in bias.split(widths)]), out)
+
+
+@pytest.mark.parametrize("width", [8960, 18944, 29568])
+def test_fp8_sums_of_one_sign_are_not_short(call: OpCaller, width: int) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the matrix units of SM 9.0 keep 14 bits of a sum of e4m3 products")
+    rows, units = 2100, 520
+    x, matrix = random_bf16(rows, width).abs(), random_matrix(Scheme("fp8"), units, width)
+    matrix = replace(matrix, weight=matrix.weight.float().abs().to(torch.float8_e4m3fn))
+    zeros = torch.zeros(rows, units, dtype=torch.bfloat16, device="cuda")
+    out = run_residual(call, "down_residual", x, matrix, zeros).double()
+    reference = references.o_proj_residual(x, matrix, zeros, fp8=True)
+    assert float(((out - reference) / reference).abs().max()) < MOST_SHORT
 
 
 @pytest.mark.parametrize(("rows", "sequences"), [(10, 2), (999, 16), (64, 64)])

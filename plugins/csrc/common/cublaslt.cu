@@ -150,12 +150,6 @@ int set_pointers(const Plan& plan, const Matmul& p) {
     return status == kSuccess ? set_pointer(plan, kScaleB, p.x_scale) : status;
 }
 
-// e4m3 products of a prefill over at most so many columns are summed by the matrix units alone, which keep 14 bits: faster by
-// a tenth to a sixth. For terms of either sign that errs by 0.26 % at 8192 columns, a tenth of what rounding activations to
-// e4m3 does (2.65 %). Where all terms have one sign, sums come out short: by 0.6 % at 3584 columns and 1.9 % at 8192, less
-// than that rounding; by 5 % at 18944, too much.
-constexpr int64_t kMostFastK = 8192;
-
 int make_plan(Handle handle, const Matmul& p, Plan* plan) {
     const Library& library = *plan->library;
     const bool is_int8 = p.type == MatmulType::kInt8;

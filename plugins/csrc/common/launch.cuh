@@ -54,11 +54,11 @@ inline cudaError_t current_device(Device* device) {
     return cudaSuccess;
 }
 
-// Launches `kernel` so that it may start before the grids before it are complete; the kernel itself waits for them. Needs
-// SM 9.0 for clusters of more than one block.
+// Launches `kernel` so that it may start before the grids before it are complete; the kernel itself waits for them. Clusters
+// of `cluster` blocks, where that is more than one, need SM 9.0.
 template <class... Parameters, class... Arguments>
-int32_t launch(const QwenRtCall& call, void (*kernel)(Parameters...), const Device& device, dim3 grid, int threads,
-               int shared_bytes, Arguments&&... arguments) {
+int32_t launch_clusters(const QwenRtCall& call, void (*kernel)(Parameters...), const Device& device, dim3 grid, int threads,
+                        int shared_bytes, int cluster, Arguments&&... arguments) {
     if (shared_bytes > 48 * 1024) {
         const cudaError_t error =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
@@ -71,14 +71,25 @@ int32_t launch(const QwenRtCall& call, void (*kernel)(Parameters...), const Devi
     config.blockDim = dim3(static_cast<unsigned>(threads));
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config.stream = static_cast<cudaStream_t>(call.stream);
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &attribute;
-    config.numAttrs = (call.flags & QWEN_RT_NO_DEPENDENT_LAUNCH) ? 0 : 1;
+    cudaLaunchAttribute attributes[2] = {};
+    config.attrs = attributes;
+    if (!(call.flags & QWEN_RT_NO_DEPENDENT_LAUNCH)) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (cluster > 1) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    }
     const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
     if (error != cudaSuccess) return refuse(call, QWEN_RT_CUDA_ERROR, "launch: %s", cudaGetErrorString(error));
     return QWEN_RT_OK;
+}
+
+template <class... Parameters, class... Arguments>
+int32_t launch(const QwenRtCall& call, void (*kernel)(Parameters...), const Device& device, dim3 grid, int threads,
+               int shared_bytes, Arguments&&... arguments) {
+    return launch_clusters(call, kernel, device, grid, threads, shared_bytes, 1, arguments...);
 }
 
 // A pointer that the kernels read 16 bytes at a time.

@@ -64,7 +64,7 @@ enum class Way { kBf16, kFp8, kInt8, kThroughBf16 };
 // How a call with more rows than kMaxRows multiplies.
 Way way_of(const PrefillShape& shape, const Matrices& matrices);
 
-// Whether the rows of a call go to cuBLASLt rather than to the skinny kernels: more than kMaxRows always; more than
+// Whether the rows of a call go to cuBLASLt (or tiles, see multiply_rows) rather than to the skinny kernels: more than kMaxRows always; more than
 // kMostSkinnyRows if matrices are multiplied as they are, in bf16 or e4m3, and cuBLASLt has the kernels.
 bool takes_products(const QwenRtCall& call, const PrefillShape& shape, const PrefillRows& rows, const Matrices& matrices,
                     const PrefillOutput& output);
@@ -77,6 +77,13 @@ bool takes_products(const QwenRtCall& call, const PrefillShape& shape, const Pre
 // to be scaled, i32[rows, sum of units], for slab_rows() rows at most; scales of rows are at *x_scale.
 int32_t multiply_rows(const QwenRtCall& call, const PrefillShape& shape, const PrefillRows& rows, const Matrices& matrices,
                       const PrefillOutput& output, const Scratch& scratch, Way* way = nullptr, const float** x_scale = nullptr);
+
+// Whether multiply_gated() takes the matrices gate and up and so many rows.
+bool multiplies_gated(const Device& device, const PrefillShape& shape, const Matrices& matrices);
+
+// Enqueues out = silu(gate · rows) ∘ (up · rows), bf16[rows, ffn], without writing either product.
+int32_t multiply_gated(const QwenRtCall& call, const Device& device, const PrefillShape& shape, const PrefillRows& rows,
+                       const Matrices& matrices, void* out, const Scratch& scratch);
 
 // o_proj_residual and down_residual, which have the same tensors: out = residual + weight · x for any number of rows.
 int32_t launch_residual(const QwenRtCall& call);

@@ -55,8 +55,8 @@ int32_t launch_skinny_fp8(const QwenRtCall& call, const Device& device, const Sk
 int32_t launch_skinny_int8(const QwenRtCall& call, const Device& device, const SkinnyGrid& grid, const SkinnyParams& p, Scaling scaling);
 int32_t launch_skinny_int4(const QwenRtCall& call, const Device& device, const SkinnyGrid& grid, const SkinnyParams& p, Scaling scaling);
 
-// Whether rows of 8-bit matrices must have the same bits among 1 and 2 rows as among more: QWEN_RT_BATCH_INVARIANT=1. Then one
-// and two rows go the way of more, which is slower.
+// Whether a row of a decode step must have the same bits among any number of rows up to 64: QWEN_RT_BATCH_INVARIANT=1. Then one
+// and two rows of 8-bit matrices go the way of more, and 33 and more rows the way of fewer, which is slower.
 bool is_batch_invariant();
 
 // Hopper's kernel for one or two rows of matrices of 8 bits with a scale for each row (skinny_8bit_few.cuh).

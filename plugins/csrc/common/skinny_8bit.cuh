@@ -6,31 +6,59 @@
 
 namespace qwen_rt {
 
-template <Format kFormat, int kSets, int kMTiles, int kStages, int kBlocks>
+constexpr int kWholeStages = 3;  // of matrices whose lines are all under way at once
+
+// Room for which no more than `blocks` of a kernel share an SM, a multiple of 1024: an SM has 1024 bytes more than its largest
+// block, and every block takes 1024 of its own.
+inline int bytes_for_most(const Device& device, int blocks) {
+    return ((device.max_shared_bytes + 1024) / (blocks + 1) / 1024) * 1024;
+}
+
+// kMost: blocks of the kernel on an SM at most; 0: as many as fit. What is chosen does not depend on the rows.
+template <Format kFormat, int kSets, int kSetWarps, int kMTiles, int kStages, bool kWhole, int kRegisters, int kMost>
 bool try_few_bytes(const QwenRtCall& call, const Device& device, const SkinnyGrid& grid, const SkinnyParams& p, int32_t* status) {
-    const FewBytesLayout at = few_bytes_layout(p, kSets, kMTiles, kStages, grid.tiles);
-    constexpr int kHalf = 112 * 1024;
-    if (at.all > (kBlocks == 2 ? kHalf : device.max_shared_bytes)) return false;
-    *status = launch(call, skinny_8bit_few<kFormat, kSets, kMTiles, kStages, kBlocks>, device, dim3(static_cast<unsigned>(grid.blocks)),
-                     kSets * kSkinnyThreads, at.all, p, at);
+    SkinnyParams all_rows = p;
+    all_rows.rows = kFewByteRows;
+    if (few_bytes_layout(all_rows, kSets, kSetWarps, kMTiles, kStages, grid.tiles).all > device.max_shared_bytes) return false;
+    const FewBytesLayout at = few_bytes_layout(p, kSets, kSetWarps, kMTiles, kStages, grid.tiles);
+    const int least = kMost > 0 ? bytes_for_most(device, kMost) : 0;
+    *status = launch(call, skinny_8bit_few<kFormat, kSets, kSetWarps, kMTiles, kStages, kWhole, kRegisters>, device,
+                     dim3(static_cast<unsigned>(grid.blocks)), kSets * kSetWarps * 32, at.all > least ? at.all : least, p, at);
     return true;
 }
 
 // One or two rows of a block that reads little. Returns whether a kernel was launched: large ones are as fast in the shared
 // kernel, or faster (7B gate_up 46 µs, here 49).
+//
+// Left alone, the hardware puts two blocks of a small grid on each of half the SMs. What is to run when decides how many may
+// share one. o_proj waits for attention, which takes few SMs, and beside it gate_up fills its rings: so o_proj's blocks are
+// small and take no more SMs than they must, and gate_up's leave room for one of them. Two of gate_up would have the room,
+// not the registers: more than 64 for each of 512 threads. Figures: docs/performance-gpu-quantized.md, 30 to 37.
 template <Format kFormat>
 bool choose_few_bytes(const QwenRtCall& call, const Device& device, const SkinnyGrid& grid, const SkinnyParams& p, int32_t* status) {
     const int tiles = grid.tiles;
     QWEN_RT_LINES
-#define QWEN_RT_FEW(wanted, sets, m_tiles, stages, blocks)                                                             \
-    if (QWEN_RT_WANTED(wanted) && try_few_bytes<kFormat, sets, m_tiles, stages, blocks>(call, device, grid, p, status)) \
-    return true
+// (sets, warps of a set, tiles of a group, stages, whole, registers of a thread, blocks of an SM at most)
+#define QWEN_RT_FEW(wanted, ...) \
+    if (QWEN_RT_WANTED(wanted) && try_few_bytes<kFormat, __VA_ARGS__>(call, device, grid, p, status)) return true
     if (!grid.is_small) return false;
-    QWEN_RT_FEW(tiles == 1, 1, 1, 8, 2);
-    QWEN_RT_FEW(tiles == 2, 2, 1, 4, 2);
-    QWEN_RT_FEW(tiles > 4, 2, 2, 5, 1);  // with 3 stages, which leave room for the next grid's block, 7 % slower
-    QWEN_RT_FEW(true, 2, 1, 6, 1);
-    QWEN_RT_FEW(true, 1, 1, 4, 1);
+    if (tiles == 1 && p.k <= kWholeStages * kWarps * kFewUnit) {
+        // As many blocks as the largest needs, the others for what runs beside them.
+        SkinnyGrid least = grid;
+        const int most = p.block_units + (p.blocks_with_more > 0 ? 1 : 0);
+        least.blocks = (p.units + most - 1) / most;
+        SkinnyParams q = p;
+        q.block_units = p.units / least.blocks, q.blocks_with_more = p.units % least.blocks;
+        constexpr int kStages = kWholeStages;
+        return p.norm_weight != nullptr ? try_few_bytes<kFormat, 1, 8, 1, kStages, true, 72, 1>(call, device, least, q, status)
+                                        : try_few_bytes<kFormat, 1, 8, 1, kStages, true, 72, 2>(call, device, least, q, status);
+    }
+    QWEN_RT_FEW(tiles == 1 && p.k > 4096, 1, 16, 1, 4, false, 72, 0);
+    QWEN_RT_FEW(tiles == 1, 1, 8, 1, 8, false, 80, 0);
+    QWEN_RT_FEW(tiles == 2, 2, 8, 1, 4, false, 64, 0);
+    QWEN_RT_FEW(tiles > 4, 2, 8, 2, 3, false, 80, 0);
+    QWEN_RT_FEW(true, 2, 8, 1, 6, false, 80, 0);
+    QWEN_RT_FEW(true, 1, 8, 1, 4, false, 80, 0);
 #undef QWEN_RT_FEW
     return false;
 }

@@ -19,6 +19,7 @@ int32_t choose(const QwenRtCall& call, const Device& device, const SkinnyGrid& g
         QWEN_RT_TRY(tiles > 1 && tiles <= (is_many ? 12 : 3), 1, 3, 4, 1);
         QWEN_RT_TRY(!is_many && tiles > 3, 1, 1, 10, 1);
         QWEN_RT_TRY(tiles > 1, 1, 2, 5, 1);
+        QWEN_RT_TRY(p.k <= 1536, 1, 1, 3, 1);  // all of k in three stages: more only take room from the next grid's block
         QWEN_RT_TRY(true, 1, 1, kNorm ? 5 : 6, 1);
         QWEN_RT_TRY(true, 1, 1, 3, 1);
     } else if (p.rows <= 16) {

@@ -213,6 +213,12 @@ struct Output {
 
     // Number `index` of a group of `m_tiles` tiles: units of a tile, tiles, rows.
     __device__ __forceinline__ void find(const SkinnyParams& p, Units u, int m_tiles, int index) {
+        find_constants(p, u, m_tiles, index);
+        fetch_residual(p);
+    }
+
+    // The same but for the residual, which the kernel before may write.
+    __device__ __forceinline__ void find_constants(const SkinnyParams& p, Units u, int m_tiles, int index) {
         const int log = p.epilogue == Epilogue::kSiluGate ? 3 : 4, rest = index >> log;
         in_tile = index & ((1 << log) - 1);
         tile = rest % m_tiles, row = rest / m_tiles;
@@ -227,7 +233,10 @@ struct Output {
             if (p.epilogue == Epilogue::kSiluGate) second = scale_at<kFormat>(p.scale[1], at.row);
         }
         if (p.epilogue == Epilogue::kBias) addend = bias_at(p, at);
-        if (p.epilogue == Epilogue::kResidual) addend = residual_at(p, row, unit);
+    }
+
+    __device__ __forceinline__ void fetch_residual(const SkinnyParams& p) {
+        if (is_there && p.epilogue == Epilogue::kResidual) addend = residual_at(p, row, unit);
     }
 };
 

@@ -37,6 +37,26 @@ __device__ __forceinline__ void barrier_arrive_behind_copies(uint32_t barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
+// The same barrier of block `block` of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, int block) {
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}\n" ::"r"(barrier),
+        "r"(block)
+        : "memory");
+}
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+    uint32_t rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// All threads of all blocks of the cluster meet.
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 // A barrier of the first kThreads threads of a block.
 template <int kThreads>
 __device__ __forceinline__ void meet() {
@@ -68,6 +88,16 @@ __device__ __forceinline__ void copy_box(uint32_t destination, const CUtensorMap
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(destination),
         "l"(map), "r"(column), "r"(row), "r"(barrier)
+        : "memory");
+}
+
+// The same to every block of the cluster of which `blocks` has a bit: to the same place in each, counted on its barrier there.
+__device__ __forceinline__ void copy_box_to_blocks(uint32_t destination, const CUtensorMap* map, int column, int row,
+                                                   uint32_t barrier, uint16_t blocks) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+        "[%1, {%2, %3}], [%4], %5;" ::"r"(destination),
+        "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
         : "memory");
 }
 
@@ -218,6 +248,23 @@ __device__ __forceinline__ void wgmma_bytes(uint32_t (&d)[kCount], uint32_t a0, 
 #undef QWEN_RT_BYTES_EITHER
 #undef QWEN_RT_BYTES
 #undef QWEN_RT_OUT8
+}
+
+// d[64, 192] (+)= a[64, 32] · b[192, 32]ᵀ of e4m3, both in shared memory with k contiguous.
+__device__ __forceinline__ void wgmma_fp8_n192(float (&d)[96], uint64_t a, uint64_t b, int accumulate) {
+#define QWEN_RT_F8(i) \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define QWEN_RT_F32(i) QWEN_RT_F8(i), QWEN_RT_F8(i + 8), QWEN_RT_F8(i + 16), QWEN_RT_F8(i + 24)
+#define QWEN_RT_TEN(i) ",%" #i "0,%" #i "1,%" #i "2,%" #i "3,%" #i "4,%" #i "5,%" #i "6,%" #i "7,%" #i "8,%" #i "9"
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %98, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n192k32.f32.e4m3.e4m3 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9" QWEN_RT_TEN(1) QWEN_RT_TEN(2)
+                     QWEN_RT_TEN(3) QWEN_RT_TEN(4) QWEN_RT_TEN(5) QWEN_RT_TEN(6) QWEN_RT_TEN(7) QWEN_RT_TEN(8)
+                 ",%90,%91,%92,%93,%94,%95}, %96, %97, p, 1, 1;\n}\n"
+                 : QWEN_RT_F32(0), QWEN_RT_F32(32), QWEN_RT_F32(64)
+                 : "l"(a), "l"(b), "r"(accumulate));
+#undef QWEN_RT_TEN
+#undef QWEN_RT_F32
+#undef QWEN_RT_F8
 }
 
 template <int kCount>

@@ -31,10 +31,29 @@ struct AttentionArguments {
     KvFormat kv_format;
 };
 
+// What no kernel of a step writes while another runs, in the order of the program: the compiler moves it behind no branch.
+__device__ __forceinline__ float load_constant(const float* pointer) {
+    float v;
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(pointer));
+    return v;
+}
+__device__ __forceinline__ int64_t load_constant(const int64_t* pointer) {
+    int64_t v;
+    asm volatile("ld.global.nc.s64 %0, [%1];" : "=l"(v) : "l"(pointer));
+    return v;
+}
+
 // Byte offset of 16-byte chunk `chunk` of row `row` in a tile of rows of kD: eight rows of one chunk fall on all banks.
 template <int kD>
 __device__ __forceinline__ uint32_t swizzled(int row, int chunk) {
     return static_cast<uint32_t>(row * kD * 2 + ((chunk ^ (row & 7)) << 4));
+}
+
+// 2^x; below 2^-126 it is 0.
+__device__ __forceinline__ float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 // Products and pairs of bf16, or of f16 where kHalf.

@@ -13,18 +13,26 @@ namespace qwen_rt {
 
 // ---------------------------------------------------------------- angles
 
-// Cosine and sine of position · frequency, the exact product: its rounding to f32 turns a key at 30000 by up to 0.001, which
+// Turns, within half a one, and cosine and sine of position · frequency, the exact product: its rounding to f32 turns a key at 30000 by up to 0.001, which
 // an offset of hundreds makes large. The turns are a product of sums of two f32, and their whole part drops out before any
 // digit is lost; no reduction of large angles is left to do. |position| < 2^24, |frequency| < 2^24.
-__device__ __forceinline__ float2 exact_cos_sin(int position, float frequency) {
+__device__ __forceinline__ float exact_turns(int position, float frequency) {
     constexpr float kTurn = 0x1.45f306p-3f, kTurnRest = 0x1.b9391p-28f;  // 1 / 2π
     const float place = static_cast<float>(position), turn = frequency * kTurn;
     const float turn_rest = fmaf(frequency, kTurnRest, fmaf(frequency, kTurn, -turn));
     const float turns = place * turn, turns_rest = fmaf(place, turn_rest, fmaf(place, turn, -turns));
     const float part = turns - rintf(turns) + turns_rest;
+    return part - rintf(part);
+}
+__device__ __forceinline__ float2 exact_cos_sin(int position, float frequency) {
     float sine, cosine;
-    sincospif(2.f * (part - rintf(part)), &sine, &cosine);
+    sincospif(2.f * exact_turns(position, frequency), &sine, &cosine);
     return {cosine, sine};
+}
+// The same within 2^-20.
+__device__ __forceinline__ float2 near_cos_sin(int position, float frequency) {
+    const float angle = 0x1.921fb6p2f * exact_turns(position, frequency);
+    return {__cosf(angle), __sinf(angle)};
 }
 
 // (x1, x2) turned by the angle of (cosine, sine), and by its opposite.
@@ -57,15 +65,6 @@ __device__ __forceinline__ uint32_t bytes_of(float first, float second, float sc
         const auto high = static_cast<uint32_t>(max(-127, min(127, __float2int_rn(x.y))));
         return (low & 255u) | (high & 255u) << 8;
     }
-}
-
-// ---------------------------------------------------------------- exponentials
-
-// 2^x; below 2^-126 it is 0.
-__device__ __forceinline__ float power_of_two(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 
 // ---------------------------------------------------------------- from bytes

@@ -18,14 +18,37 @@ inline int max_pieces_of(int num_sms, int64_t units) {
     return units >= num_sms ? 1 : static_cast<int>(num_sms / units < kMaxPieces ? num_sms / units : kMaxPieces);
 }
 
-__device__ inline int piece_of(int length, int max_pieces) {
-    const int even = (length + max_pieces - 1) / max_pieces;
-    return max(kMinPiece, (even + kPieceStep - 1) / kPieceStep * kPieceStep);
+// A division by `divisor` of numbers up to 2^24, as a product; divisor at most 2^16.
+struct Divisor {
+    uint64_t factor;  // 2^40 / divisor, rounded up
+    static Divisor of(int divisor) {
+        const auto wide = static_cast<uint64_t>(divisor);
+        return {((uint64_t{1} << 40) + wide - 1) / wide};
+    }
+    __device__ __forceinline__ int divide(int number) const {
+        return static_cast<int>(static_cast<uint64_t>(number) * factor >> 40);
+    }
+};
+
+__device__ __forceinline__ int piece_of(int length, int max_pieces, Divisor by_max_pieces) {
+    const int even = by_max_pieces.divide(length + max_pieces - 1);
+    return max(kMinPiece, (even + kPieceStep - 1) & -kPieceStep);
 }
+
+// The pieces of a row, and whether this block has the last of them: it takes every n-th.
+struct RowPieces {
+    int count = 0;
+    bool has_last = false;
+    __device__ __forceinline__ void find(int length, int piece_tokens, int piece) {
+        count = static_cast<int>(static_cast<uint32_t>(length + piece_tokens - 1) / static_cast<uint32_t>(piece_tokens));
+        has_last = static_cast<uint32_t>(count - 1 - piece) % gridDim.x == 0;
+    }
+};
 
 struct PieceGrid {
     dim3 grid;        // pieces, units, rows
     bool is_crowded;  // more blocks than SMs
+    bool is_short;    // all pieces are the smallest
 };
 
 // The number of pieces grows with the length up to max_pieces, then wobbles below it. More blocks than run at once would
@@ -36,10 +59,17 @@ inline PieceGrid piece_grid(const Device& device, int64_t rows, int64_t units, i
     const int64_t at_once = (2 * device.num_sms + rows * units - 1) / (rows * units);
     return {dim3(static_cast<unsigned>(pieces < at_once ? pieces : at_once), static_cast<unsigned>(units),
                  static_cast<unsigned>(rows)),
-            rows * units * pieces > device.num_sms};
+            rows * units * pieces > device.num_sms, max_length <= static_cast<int64_t>(max_pieces) * kMinPiece};
 }
 
 inline int64_t round_up(int64_t value) { return (value + 255) / 256 * 256; }
+
+// Of a row without a token in the cache: zeros where it is idle, NaN beyond the block table. By the whole block.
+__device__ __forceinline__ void write_no_token(int64_t position, bf16* out, int count) {
+    wait_for_previous_grids();
+    const bf16 value = __float2bfloat16(position < 0 ? 0.f : __uint_as_float(0x7fc00000u));
+    for (int i = threadIdx.x; i < count; i += kAttentionWarps * 32) out[i] = value;
+}
 
 // ---------------------------------------------------------------- combining
 
@@ -72,13 +102,15 @@ __device__ __forceinline__ void combine_pieces(const PieceSums& pieces, int num_
     for (int i = threadIdx.x; i < (num_items + kThreads - 1) / kThreads * kThreads; i += kThreads) {
         const int item = min(i, num_items - 1), head = item / (kD / 4), d = item % (kD / 4) * 4;
         const float* from = pieces.sums + static_cast<int64_t>(head) * kD + d;
-        float4 sum = {0.f, 0.f, 0.f, 0.f};
+        float4 sum = {0.f, 0.f, 0.f, 0.f}, added = {0.f, 0.f, 0.f, 0.f};
+        if (offset != nullptr) added = *reinterpret_cast<const float4*>(offset + d);
         for (int first = 0; first < num_padded; first += kBatch) {
             float4 v[kBatch];
 #pragma unroll
             for (int s = 0; s < kBatch; ++s)
-                v[s] = __ldcg(reinterpret_cast<const float4*>(
-                    from + static_cast<int64_t>(min(first + s, num_pieces - 1)) * pieces.stride * kD));
+                v[s] = first + s < num_pieces ? __ldcg(reinterpret_cast<const float4*>(
+                                                    from + static_cast<int64_t>(first + s) * pieces.stride * kD))
+                                              : make_float4(0.f, 0.f, 0.f, 0.f);
             if (first == 0 && i == static_cast<int>(threadIdx.x)) {
                 for (int h = warp; h < num_heads; h += kAttentionWarps) {
                     float2 mine[kFactorSlots];
@@ -94,7 +126,7 @@ __device__ __forceinline__ void combine_pieces(const PieceSums& pieces, int num_
                     for (int step = 16; step > 0; step /= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, step));
 #pragma unroll
                     for (int k = 0; k < kFactorSlots; ++k) {
-                        mine[k].x = exp2f(mine[k].x - highest);
+                        mine[k].x = power_of_two(mine[k].x - highest);
                         weight_sum = fmaf(mine[k].y, mine[k].x, weight_sum);
                     }
 #pragma unroll
@@ -112,8 +144,7 @@ __device__ __forceinline__ void combine_pieces(const PieceSums& pieces, int num_
                 sum.z = fmaf(v[s].z, factor, sum.z), sum.w = fmaf(v[s].w, factor, sum.w);
             }
         }
-        if (offset != nullptr)
-            sum.x += offset[d], sum.y += offset[d + 1], sum.z += offset[d + 2], sum.w += offset[d + 3];
+        sum.x += added.x, sum.y += added.y, sum.z += added.z, sum.w += added.w;
         if (i < num_items) *reinterpret_cast<uint2*>(out + head * kD + d) = {pack(sum.x, sum.y), pack(sum.z, sum.w)};
     }
 }

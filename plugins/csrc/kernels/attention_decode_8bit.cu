@@ -11,12 +11,16 @@
 //   k_offset, made once by every block, no memory traffic. They need nothing of a tile, so they are worked out while it is
 //   still on its way, two tiles ahead. Skipped where k_offset is absent.
 // Numerics: angles are exact products. q is f32, rounded to f16 (11 bits) for the product with bytes, times the power of two
-//   that brings the head's largest to 2^14; for the product with B both are sums of two bf16, error 2^-16. p · v_scale is
-//   rounded to f16, times the power of two that brings the warp's largest v_scale so far to 2^14. Bytes are exact in f16. All
-//   sums f32. So nothing is rounded more coarsely than by the bf16 kernel. A key is turned in f32 and rounded to bytes.
+//   that brings the head's largest to 2^14. For the product with B both are rounded to f16 in parts of 32 dims whose offset
+//   has an rms of at most 8: there a score errs by at most 2^-11.8 · 8 of q's rms (times scale · sqrt(D)), a third of what
+//   int8 rounding of keys of size one does. Elsewhere both are sums of two f16, in three products; what is left is 2^-20, the
+//   error of their sines and cosines, a tile of a warp later 2^-21 more. Offsets beyond 2^21 give NaN. p · v_scale is rounded
+//   to f16, times the power of two that brings the warp's largest v_scale so far to 2^14. Bytes are exact in f16. All sums
+//   f32. So nothing is rounded more coarsely than by the bf16 kernel. A key is turned in f32 and rounded to bytes.
 // A row's result depends on its own length only, as there: the same pieces, tiles go to warps by their number.
-// Stages: 3 tiles per warp where blocks have an SM each, fewer where two blocks share one.
-// Overlap, workspace: as there.
+// Stages: 3 tiles per warp where blocks have an SM each; one where two blocks share one, or where a piece has no more.
+// Overlap, workspace: as there. The table and the angles are made once the first tile is on its way: later copies wait for
+//   memory anyway, and a warp that has issued all of them first does nothing meanwhile (docs/performance-gpu-quantized.md, KV9).
 // Cost: 2 · kv_heads · (D + 4) · (p + 1) bytes a row, bound by reading.
 // Source: split-KV after Flash-Decoding; the scheme of the cache: docs/kv-cache.md.
 #include "attention_decode_8bit.cuh"
@@ -25,11 +29,10 @@ namespace qwen_rt {
 
 // ---------------------------------------------------------------- kernel
 
-template <KvFormat kFormat, int kD, int kStages>
-__global__ void __launch_bounds__(kAttentionWarps * 32, kStages < 3 ? 2 : 1)
+template <KvFormat kFormat, int kD, int kStages, int kBlocks>
+__global__ void __launch_bounds__(kAttentionWarps * 32, kBlocks)
     attention_decode_8bit_kernel(const __grid_constant__ Attention8Params p) {
     using Shared = Attention8Shared<kD, kStages>;
-    constexpr int kThreads = kAttentionWarps * 32;
     constexpr int kAhead = kStages < 3 ? 1 : 2;  // tiles whose offset scores are worked out before their bytes are there
     constexpr int kChunks = kD / 16;  // of a row of bytes, 16 dims each: as many as steps of a product over dims
     extern __shared__ __align__(128) unsigned char shared[];
@@ -42,71 +45,61 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, kStages < 3 ? 2 : 1)
     int piece = blockIdx.x;
     let_next_grid_start();
 
-    const int64_t position = p.positions[row];
+    // All that a block needs of memory besides the cache is on its way before the first copies.
+    const int64_t position = load_constant(p.positions + row);
+    const bool has_offset = p.k_offset != nullptr;
+    OffsetTable<kD> offsets;
+    offsets.load(p.inv_freq, has_offset ? p.k_offset + kv_head * kD : p.inv_freq);
+    float frequency[kD / 64];
+#pragma unroll
+    for (int k = 0; k < kD / 64; ++k) frequency[k] = load_constant(p.inv_freq + k * 32 + lane);
     const int64_t capacity = static_cast<int64_t>(p.max_blocks) * p.block_size;
     bf16* out = p.out + (static_cast<int64_t>(row) * p.heads + first_head) * kD;
-    if (position < 0 || position >= capacity) {
-        wait_for_previous_grids();
-        const bf16 value = __float2bfloat16(position < 0 ? 0.f : __uint_as_float(0x7fc00000u));
-        if (piece == 0)
-            for (int i = threadIdx.x; i < num_heads * kD; i += kThreads) out[i] = value;
-        return;
-    }
-    const int last = static_cast<int>(position), length = last + 1;
-    const int piece_tokens = piece_of(length, p.max_pieces);
-    const int num_pieces = (length + piece_tokens - 1) / piece_tokens;
-    if (piece >= num_pieces) return;
-    const bool owns_new = (num_pieces - 1 - piece) % static_cast<int>(gridDim.x) == 0;  // its last piece ends the row
-    const bool has_offset = p.k_offset != nullptr;
-
+    if (position < 0 || position >= capacity) return write_no_token(position, out, piece == 0 ? num_heads * kD : 0);
+    const int last = static_cast<int>(position), length = last + 1, piece_tokens = piece_of(length, p.max_pieces, p.by_max_pieces);
+    if (piece * piece_tokens >= length) return;
     const uint64_t policy = evict_first_policy();
     const uint32_t base = smem_address(shared);
     const uint32_t ring = base + warp * Shared::kRingBytes;
     const int32_t* table = p.block_tables + static_cast<int64_t>(row) * p.max_blocks;
     int begin, end, num_tiles;  // of the piece; tiles of this warp
 
-    // The places of a tile's halves are looked up one tile ahead, so that no copy waits for its address.
+    // The places of 16 tiles' halves are looked up at once, by a lane each: no copy waits for its address. A half behind the
+    // last token has that of the last one's.
     const auto first_token = [&](int index) { return begin + (index * kAttentionWarps + warp) * kByteTile; };
     const auto slot_of = [&](int token) {
-        const int block = p.block_of(token);
-        return (static_cast<int64_t>(table[block]) * p.kv_heads + kv_head) * p.block_size + token - block * p.block_size;
+        const int block = p.by_block_size.divide(token);
+        return (static_cast<uint32_t>(table[block]) * p.kv_heads + kv_head) * p.block_size + token - block * p.block_size;
     };
-    int64_t next_slot[2];
-    const auto find_slots = [&](int index) {  // of a half behind the last token: that of the last one, of which nothing is read
-        next_slot[0] = slot_of(first_token(index));
-        next_slot[1] = p.block_size % kByteTile == 0 ? next_slot[0] + 16 : slot_of(min(first_token(index) + 16, last));
-    };
-    // Copies keys or values: bytes, and scales by four a lane. Earlier tokens come from the cache; the new one and what lies
-    // behind it is zero until it is put in.
+    uint32_t slots = 0;
+    const auto find_slots = [&](int index) { slots = slot_of(min(first_token(index + (lane >> 1)) + (lane & 1) * 16, last) & ~15); };
+    // Copies keys or values: bytes, and scales by four a lane. Of the new token and what lies behind it, up to the end of 16,
+    // comes what the cache holds there: nobody uses it.
+    const uint32_t place = swizzled_bytes<kD>(lane / kChunks, lane % kChunks);
     const auto load = [&](int index, uint32_t bytes, uint32_t scales, const unsigned char* cache, const float* cache_scales) {
-        const int num_old = last - first_token(index), token = lane * 4;
-        const float* from_scales = cache_scales + (token < 16 ? next_slot[0] : next_slot[1] - 16) + token;
-        const bool is_whole = num_old >= kByteTile;
+        uint32_t slot[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const unsigned char* from = cache + next_slot[half] * kD + lane * 16;
+            slot[half] = __shfl_sync(~0u, slots, index % 16 * 2 + half);
+            const unsigned char* from = cache + static_cast<int64_t>(slot[half]) * kD + lane * 16;
 #pragma unroll
-            for (int i = 0; i < kChunks / 2; ++i) {
-                const int row_in_tile = half * 16 + (i * 32 + lane) / kChunks;
-                const uint32_t to = bytes + swizzled_bytes<kD>(row_in_tile, lane % kChunks);
-                if (is_whole)
-                    copy16_async(to, from + i * 512, policy);
-                else
-                    copy16_or_zero_async(to, from + i * 512, row_in_tile < num_old ? 16 : 0, policy);
-            }
+            for (int i = 0; i < kChunks / 2; ++i)  // 32 / kChunks rows
+                copy16_async(bytes + half * 16 * kD + i * 512 + (place ^ (kD == 128 ? i % 2 * 64 : 0)), from + i * 512, policy);
         }
-        if (token < kByteTile) copy16_or_zero_async(scales + token * 4, from_scales, token < num_old ? 16 : 0, policy);
+        if (lane < kByteTile / 4) copy16_async(scales + lane * 16, cache_scales + ((lane < 4 ? slot[0] : slot[1]) + (lane & 3) * 4), policy);
     };
     const auto load_keys = [&](int index, int stage) {
         const uint32_t to = ring + stage * Shared::kStageBytes;
-        if (index < num_tiles) load(index, to, to + 2 * Shared::kTileBytes, p.k_cache, p.k_scales);
+        if (index < num_tiles) {
+            if (index % 16 == 0 && index > 0) find_slots(index);
+            load(index, to, to + 2 * Shared::kTileBytes, p.k_cache, p.k_scales);
+        }
         commit_copies();
     };
     const auto load_values = [&](int index, int stage) {
         const uint32_t to = ring + stage * Shared::kStageBytes + Shared::kTileBytes;
         if (index < num_tiles) load(index, to, to + Shared::kTileBytes + Shared::kScaleBytes, p.v_cache, p.v_scales);
         commit_copies();
-        if (index + 1 < num_tiles) find_slots(index + 1);
     };
 
     const float* queries = reinterpret_cast<const float*>(shared + Shared::kQuery);
@@ -115,6 +108,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, kStages < 3 ? 2 : 1)
     const uint32_t offset_table = base + Shared::kTable, lacking = offset_table + Shared::kTableBytes;
     uint32_t query[kChunks][2];
     float score_factor[2];
+    uint32_t large = 0;  // bit c: the offset of dims 16 c … 16 c + 15 and their partners is
     float2 angle[kD / 64] = {}, step[kD / 64] = {};  // of the next tile's first token; of kTileStep tokens
     float ahead[kAhead][2][4];                       // offset scores of the next tiles, zeros without an offset
     const auto next_offset_scores = [&] {
@@ -133,43 +127,54 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, kStages < 3 ? 2 : 1)
             angle[k] = turned(angle[k].x, angle[k].y, step[k]);
         }
         __syncwarp();
-        offset_scores<kD>(score, queries + g * Shared::kQueryStride + 4 * t, angles + 4 * t, offset_table, lacking, lane);
+        offset_scores<kD>(score, queries + g * Shared::kQueryStride + 4 * t, angles + 4 * t, offset_table, lacking, large, lane);
     };
 
+    float* sizes = reinterpret_cast<float*>(shared + Shared::kSizes);
+    RowPieces pieces;
+    int64_t new_slot = -1;
     int num_done = 0;
     while (true) {
         begin = piece * piece_tokens;
         end = min(length, begin + piece_tokens);
         num_tiles = ((end - begin + kByteTile - 1) / kByteTile - warp + kAttentionWarps - 1) / kAttentionWarps;
-        if (num_tiles > 0) find_slots(0);
+        find_slots(0);
+        // With the first tile on its way there is time for what needs no other kernel: later copies wait for memory.
 #pragma unroll 1
-        for (int i = 0; i < kStages; ++i) load_keys(i, i), load_values(i, i);
-        if (has_offset)
+        for (int i = 0; i < kStages; ++i) {
+            load_keys(i, i), load_values(i, i);
+            if (i > 0) continue;
+            if (has_offset)
 #pragma unroll
-            for (int k = 0; k < kD / 64; ++k) {
-                const float frequency = p.inv_freq[k * 32 + lane];
-                angle[k] = exact_cos_sin(first_token(0), frequency);
-                step[k] = exact_cos_sin(kTileStep, frequency);
+                for (int k = 0; k < kD / 64; ++k) {
+                    angle[k] = near_cos_sin(first_token(0), frequency[k]);
+                    step[k] = near_cos_sin(kTileStep, frequency[k]);
+                }
+            if (num_done > 0) continue;
+            if (has_offset) offsets.make(offset_table, lacking, sizes, p.rope_scaling);
+            if (threadIdx.x < kD / 2) {
+                const float2 turn = exact_cos_sin(last, offsets.frequency);
+                cos_sin[threadIdx.x] = {turn.x * p.rope_scaling, turn.y * p.rope_scaling};
             }
+            pieces.find(length, piece_tokens, piece);
+            if (pieces.has_last) new_slot = slot_of(last);
+        }
         if (num_done == 0) {
-            if (has_offset) make_table<kD>(offset_table, lacking, p.k_offset + kv_head * kD, p);
-            for (int i = threadIdx.x; i < kD / 2; i += kThreads) {
-                const float2 turn = exact_cos_sin(last, p.inv_freq[i]);
-                cos_sin[i] = {turn.x * p.rope_scaling, turn.y * p.rope_scaling};
-            }
             __syncthreads();
             wait_for_previous_grids();
-            turn_heads<kFormat, kD, Shared>(p, shared, row, kv_head, part, num_heads, owns_new ? slot_of(last) : -1);
+            turn_heads<kFormat, kD, Shared>(p, shared, row, kv_head, part, num_heads, new_slot);
+            if (has_offset)
+#pragma unroll
+                for (int c = 0; c < kD / 32; ++c) large |= sizes[c] <= kLargeSquares ? 0u : 1u << c;
             __syncthreads();
-            const float2* factors = reinterpret_cast<const float2*>(shared + Shared::kFactors);
-            const float up = factors[g].x;
 #pragma unroll
             for (int k = 0; k < kChunks; ++k) {
                 const float4 q = *reinterpret_cast<const float4*>(queries + g * Shared::kQueryStride + 16 * k + 4 * t);
-                query[k][0] = pack_half(q.x * up, (kPairsNeighbours<kFormat> ? q.y : q.z) * up);
-                query[k][1] = pack_half((kPairsNeighbours<kFormat> ? q.z : q.y) * up, q.w * up);
+                query[k][0] = pack_half(q.x, kPairsNeighbours<kFormat> ? q.y : q.z);
+                query[k][1] = pack_half(kPairsNeighbours<kFormat> ? q.z : q.y, q.w);
             }
-            score_factor[0] = factors[2 * t].y, score_factor[1] = factors[2 * t + 1].y;
+            const float* factors = reinterpret_cast<const float*>(shared + Shared::kFactors);
+            score_factor[0] = factors[2 * t], score_factor[1] = factors[2 * t + 1];
         }
 #pragma unroll 1
         for (int a = 0; a < min(kAhead, num_tiles); ++a) next_offset_scores();  // while the first bytes are on their way
@@ -204,8 +209,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, kStages < 3 ? 2 : 1)
             wait_copies<2 * kStages - 1>();
             __syncwarp();
             if (new_token < kByteTile) {
-                if (lane < kChunks)
-                    store_shared(keys + swizzled_bytes<kD>(new_token, lane), load_shared(base + Shared::kNewKey + lane * 16));
+                put_token<kD>(keys, new_token, base + Shared::kNewKey, lane);
                 if (lane == 0) key_scales[new_token] = *reinterpret_cast<const float*>(shared + Shared::kNewScales);
                 __syncwarp();
             }
@@ -213,7 +217,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, kStages < 3 ? 2 : 1)
             load_words<kD, false>(words, keys, lane);
             float key_scale[4];  // of tokens g, g + 8, g + 16, g + 24
 #pragma unroll
-            for (int i = 0; i < 4; ++i) key_scale[i] = key_scales[i * 8 + g];
+            for (int i = 0; i < 4; ++i) key_scale[i] = key_scales[i * 8 + g] * (kByteFactor<kFormat> / kTableFactor);
             __syncwarp();
             load_keys(index + kStages, stage);
             byte_scores<kFormat, kD>(score, words, query);
@@ -221,9 +225,9 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, kStages < 3 ? 2 : 1)
             wait_copies<2 * kStages - 1>();
             __syncwarp();
             if (new_token < kByteTile) {
-                if (lane < kChunks)
-                    store_shared(values + swizzled_bytes<kD>(new_token, lane), load_shared(base + Shared::kNewValue + lane * 16));
+                put_token<kD>(values, new_token, base + Shared::kNewValue, lane);
                 if (lane == 0) value_scales[new_token] = *reinterpret_cast<const float*>(shared + Shared::kNewScales + 4);
+                if constexpr (kFormat == KvFormat::kFp8) clear_behind<kD>(values, new_token, lane);
                 __syncwarp();
             }
             load_words<kD, true>(words, values, lane);
@@ -242,7 +246,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, kStages < 3 ? 2 : 1)
             for (int m = 0; m < 2; ++m)
 #pragma unroll
                 for (int i = 0; i < 4; ++i)
-                    score[m][i] = fmaf(score[m][i] * score_factor[i & 1], key_scale[2 * m + (i >> 1)], offset_score[m][i]);
+                    score[m][i] = fmaf(score[m][i], key_scale[2 * m + (i >> 1)], offset_score[m][i]) * score_factor[i & 1];
             if (first + kByteTile > end)
 #pragma unroll
                 for (int m = 0; m < 2; ++m)
@@ -293,27 +297,27 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, kStages < 3 ? 2 : 1)
         __syncwarp();
 
         const int64_t slot = ((static_cast<int64_t>(row) * gridDim.y + blockIdx.y) * p.max_pieces + piece) * p.stride;
-        merge_warps<kFormat, kD, Shared>(p, shared, sums, maximum, total, exponent, num_heads, kv_head, num_pieces == 1, slot,
+        merge_warps<kFormat, kD, Shared>(p, shared, sums, maximum, total, exponent, num_heads, kv_head, pieces.count == 1, slot,
                                          out);
-        if (num_pieces == 1) return;
+        if (pieces.count == 1) return;
         ++num_done;
         piece += static_cast<int>(gridDim.x);
         __syncthreads();
-        if (piece >= num_pieces) break;
+        if (piece >= pieces.count) break;
     }
 
     // The block that ends last combines all pieces, in order.
     const int64_t unit_index = static_cast<int64_t>(row) * gridDim.y + blockIdx.y;
     if (threadIdx.x == 0) {
         uint32_t* counter = p.counters + unit_index;
-        is_last = add_in_order(counter, num_done) == static_cast<uint32_t>(num_pieces - num_done);
+        is_last = add_in_order(counter, num_done) == static_cast<uint32_t>(pieces.count - num_done);
         if (is_last) *counter = 0;
     }
     __syncthreads();
     if (!is_last) return;
     const int64_t slot0 = unit_index * p.max_pieces * p.stride;
-    const PieceSums pieces = {p.partial + slot0 * kD, p.partial_max + slot0, num_pieces, p.stride};
-    combine_pieces<kD, kStages == 3 ? 33 : 11>(pieces, num_heads, p.v_offset == nullptr ? nullptr : p.v_offset + kv_head * kD,
+    const PieceSums sums_of_pieces = {p.partial + slot0 * kD, p.partial_max + slot0, pieces.count, p.stride};
+    combine_pieces<kD, kBlocks == 1 ? 17 : 11>(sums_of_pieces, num_heads, p.v_offset == nullptr ? nullptr : p.v_offset + kv_head * kD,
                                                shared, out);
 }
 
@@ -328,9 +332,9 @@ struct Units {
           stride(static_cast<int>(group < kTableHeads ? group : kTableHeads)) {}
 };
 
-template <KvFormat kFormat, int kD, int kStages>
+template <KvFormat kFormat, int kD, int kStages, int kBlocks>
 int32_t launch_variant(const QwenRtCall& call, const Device& device, dim3 grid, const Attention8Params& p) {
-    return launch(call, attention_decode_8bit_kernel<kFormat, kD, kStages>, device, grid, kAttentionWarps * 32,
+    return launch(call, attention_decode_8bit_kernel<kFormat, kD, kStages, kBlocks>, device, grid, kAttentionWarps * 32,
                   Attention8Shared<kD, kStages>::kBytes, p);
 }
 
@@ -339,10 +343,11 @@ int32_t launch_format(const QwenRtCall& call, const Device& device, const Attent
     const PieceGrid pieces = piece_grid(device, a.rows, static_cast<int64_t>(a.kv_heads) * p.parts, p.max_pieces, a.max_length);
     const bool is_crowded = pieces.is_crowded || Attention8Shared<128, 3>::kBytes > device.max_shared_bytes;
     if (a.head_dim == 64)
-        return is_crowded ? launch_variant<kFormat, 64, 2>(call, device, pieces.grid, p)
-                          : launch_variant<kFormat, 64, 3>(call, device, pieces.grid, p);
-    return is_crowded ? launch_variant<kFormat, 128, 1>(call, device, pieces.grid, p)
-                      : launch_variant<kFormat, 128, 3>(call, device, pieces.grid, p);
+        return is_crowded ? launch_variant<kFormat, 64, 2, 2>(call, device, pieces.grid, p)
+                          : launch_variant<kFormat, 64, 3, 1>(call, device, pieces.grid, p);
+    if (is_crowded) return launch_variant<kFormat, 128, 1, 2>(call, device, pieces.grid, p);
+    return pieces.is_short ? launch_variant<kFormat, 128, 1, 1>(call, device, pieces.grid, p)
+                           : launch_variant<kFormat, 128, 3, 1>(call, device, pieces.grid, p);
 }
 
 }  // namespace
@@ -376,10 +381,11 @@ int32_t launch_attention_decode_8bit(const QwenRtCall& call, const Device& devic
     p.group = a.heads / a.kv_heads;
     p.parts = units.parts;
     p.stride = units.stride;
-    p.block_factor = ((uint64_t{1} << 40) + static_cast<uint64_t>(a.block_size) - 1) / static_cast<uint64_t>(a.block_size);
+    p.by_block_size = Divisor::of(a.block_size);
     p.block_size = a.block_size;
     p.max_blocks = a.max_blocks;
     p.max_pieces = max_pieces_of(device.num_sms, static_cast<int64_t>(a.kv_heads) * units.parts);
+    p.by_max_pieces = Divisor::of(p.max_pieces);
     p.scale = a.scale;
     p.rope_scaling = a.rope_scaling;
     p.counters = static_cast<uint32_t*>(a.counters);

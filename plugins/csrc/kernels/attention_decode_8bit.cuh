@@ -10,6 +10,8 @@ namespace qwen_rt {
 
 constexpr int kByteTile = 32;   // tokens of a warp's tile
 constexpr int kTableHeads = 8;  // heads of a block
+constexpr float kTableFactor = 64.f;       // of offsets in f16: up to 2^21
+constexpr float kLargeSquares = 32.f * 8 * 8 / (kTableFactor * kTableFactor);  // of 32 dims' offset: above, f16 is not enough
 constexpr int kTileStep = kByteTile * kAttentionWarps;  // tokens from one tile of a warp to its next
 
 struct Attention8Params {
@@ -23,13 +25,9 @@ struct Attention8Params {
     float* partial;       // [rows, kv_heads, parts, max_pieces, stride, D]
     float2* partial_max;  // [rows, kv_heads, parts, max_pieces, stride]: maximum and sum
     uint32_t* counters;   // [rows, kv_heads, parts]
-    uint64_t block_factor;  // 2^40 / block_size, rounded up: a division of tokens, at most 2^24, by a product
+    Divisor by_block_size, by_max_pieces;
     int heads, kv_heads, group, parts, stride, block_size, max_blocks, max_pieces;
     float scale, rope_scaling;
-
-    __device__ __forceinline__ int block_of(int token) const {
-        return static_cast<int>(static_cast<uint64_t>(token) * block_factor >> 40);
-    }
 };
 
 template <int kD, int kStages>
@@ -38,7 +36,7 @@ struct Attention8Shared {
     static constexpr int kScaleBytes = kByteTile * 4;
     static constexpr int kStageBytes = 2 * kTileBytes + 2 * kScaleBytes;  // keys, values, scales of keys, of values
     static constexpr int kRingBytes = kStages * kStageBytes;  // of a warp; holds its f32[8, D] sums at the end
-    static constexpr int kTable = kAttentionWarps * kRingBytes;  // bf16[2][32, D]: B, what it lacks
+    static constexpr int kTable = kAttentionWarps * kRingBytes;  // f16[2][32, D]: B, what it lacks
     static constexpr int kTableBytes = kByteTile * kD * 2;
     static constexpr int kQuery = kTable + 2 * kTableBytes;  // f32[8, D]: q, rows padded so that two fill all banks
     static constexpr int kQueryStride = kD + 16;
@@ -46,9 +44,10 @@ struct Attention8Shared {
     static constexpr int kNewKey = kAngles + kAttentionWarps * kD / 2 * 8;
     static constexpr int kNewValue = kNewKey + kD;
     static constexpr int kNewScales = kNewValue + kD;  // float2
-    static constexpr int kFactors = kNewScales + 16;   // float2[8]: of a head's q to f16, and of its scores
-    static constexpr int kMaxSum = kFactors + kTableHeads * 8;  // float2[warps][8]
-    static constexpr int kBytes = kMaxSum + kAttentionWarps * kTableHeads * 8;
+    static constexpr int kFactors = kNewScales + 16;   // float[8]: of a head's scores
+    static constexpr int kMaxSum = kFactors + kTableHeads * 4;  // float2[warps][8]
+    static constexpr int kSizes = kMaxSum + kAttentionWarps * kTableHeads * 8;  // float[D / 32]
+    static constexpr int kBytes = kSizes + 16;
     static_assert(kStageBytes >= kTableHeads * kD * 4, "the sums need a tile's room");
 };
 
@@ -60,30 +59,49 @@ __device__ __forceinline__ uint32_t swizzled_bytes(int row, int chunk) {
 
 // ---------------------------------------------------------------- before the tiles
 
-// B[j] = R(j) offset for j = 0 … 31, times rope_scaling, as bf16 and what that lacks. Column k of 16 is dim 4 t + r of 16 with
-// k = 2 t + r % 2 + 8 (r / 2): the order in which a lane's four bytes enter the products with keys.
+// B[j] = R(j) offset for j = 0 … 31, times rope_scaling / kTableFactor, as f16 and, of parts whose offset is large, what that
+// lacks. Column k of 16 is dim 4 t + r of 16 with k = 2 t + r % 2 + 8 (r / 2): the order in which a lane's four bytes enter
+// the products with keys. `sizes`: float[D / 32], the sum of squares of a part's offset.
 template <int kD>
-__device__ __forceinline__ void make_table(uint32_t table, uint32_t lacking, const float* offset, const Attention8Params& p) {
-    constexpr int kRuns = kAttentionWarps * 32 / (kD / 2), kRun = kByteTile / kRuns;  // tokens of a thread, behind each other
-    const int i = threadIdx.x % (kD / 2), first = threadIdx.x / (kD / 2) * kRun;
-    const float frequency = p.inv_freq[i], x1 = offset[i] * p.rope_scaling, x2 = offset[i + kD / 2] * p.rope_scaling;
-    const float2 step = exact_cos_sin(1, frequency);
-    float2 angle = exact_cos_sin(first, frequency);
-    const int r = i & 3, t = i >> 2 & 3, chunk = i / 16 * 2 + (r >> 1);
+struct OffsetTable {
+    static constexpr int kRuns = kAttentionWarps * 32 / (kD / 2), kRun = kByteTile / kRuns;  // tokens of a thread, behind each other
+    float frequency, x1, x2;
+
+    // What a thread needs of memory, so that it can be on its way early.
+    __device__ __forceinline__ void load(const float* inv_freq, const float* offset) {
+        const int i = threadIdx.x % (kD / 2);
+        frequency = load_constant(inv_freq + i), x1 = load_constant(offset + i), x2 = load_constant(offset + i + kD / 2);
+    }
+    __device__ __forceinline__ void make(uint32_t table, uint32_t lacking, float* sizes, float rope_scaling) {
+        const int i = threadIdx.x % (kD / 2), first = threadIdx.x / (kD / 2) * kRun;
+        const float scaling = rope_scaling / kTableFactor;
+        x1 *= scaling, x2 *= scaling;
+        const float2 step = near_cos_sin(1, frequency);
+        float2 angle = near_cos_sin(first, frequency);
+        const int r = i & 3, t = i >> 2 & 3, chunk = i / 16 * 2 + (r >> 1);
+        float size = fmaf(x1, x1, x2 * x2);
 #pragma unroll
-    for (int j = 0; j < kRun; ++j) {
-        const float2 y = turned(x1, x2, angle);
-        angle = turned(angle.x, angle.y, step);
+        for (int other = 1; other < 16; other *= 2) size += __shfl_xor_sync(~0u, size, other);
+        if (threadIdx.x < kD / 2 && (i & 15) == 0) sizes[i / 16] = size;
+        const bool is_large = !(size <= kLargeSquares);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const float value = half == 0 ? y.x : y.y;
-            const bf16 high = __float2bfloat16(value), low = __float2bfloat16(value - __bfloat162float(high));
-            const uint32_t at = swizzled<kD>(first + j, chunk + half * kD / 16) + (2 * t + (r & 1)) * 2;
-            asm volatile("st.shared.b16 [%0], %1;" ::"r"(table + at), "h"(__bfloat16_as_ushort(high)) : "memory");
-            asm volatile("st.shared.b16 [%0], %1;" ::"r"(lacking + at), "h"(__bfloat16_as_ushort(low)) : "memory");
+        for (int j = 0; j < kRun; ++j) {
+            const float2 y = turned(x1, x2, angle);
+            angle = turned(angle.x, angle.y, step);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float value = half == 0 ? y.x : y.y;
+                const __half high = __float2half_rn(value);
+                const uint32_t at = swizzled<kD>(first + j, chunk + half * kD / 16) + (2 * t + (r & 1)) * 2;
+                asm volatile("st.shared.b16 [%0], %1;" ::"r"(table + at), "h"(__half_as_ushort(high)) : "memory");
+                if (is_large) {
+                    const __half low = __float2half_rn(value - __half2float(high));
+                    asm volatile("st.shared.b16 [%0], %1;" ::"r"(lacking + at), "h"(__half_as_ushort(low)) : "memory");
+                }
+            }
         }
     }
-}
+};
 
 // What a lane has of a head vector: dims kPairs · lane … and their partners D / 2 further, for a warp that holds all of it.
 template <int kD>
@@ -91,7 +109,7 @@ struct HeadPart {
     static constexpr int kPairs = kD / 64;
     float first[kPairs], second[kPairs];
 
-    __device__ __forceinline__ HeadPart(const bf16* head, int lane) {
+    __device__ __forceinline__ void load(const bf16* head, int lane) {
         if constexpr (kPairs == 2) {
             const float2 low = unpack(__ldcg(reinterpret_cast<const uint32_t*>(head) + lane));
             const float2 high = unpack(__ldcg(reinterpret_cast<const uint32_t*>(head) + kD / 4 + lane));
@@ -140,8 +158,9 @@ struct HeadPart {
     }
 };
 
-// Turns the block's heads of q, a warp each, into shared memory, times scale · log2 e, zeros behind them; with a `new_slot` also the new key, and
-// rounds it and the new value to bytes for shared memory and, part 0, for the cache. The angles of the token stand in kAngles.
+// Turns the block's heads of q, a warp each, into shared memory, times scale · log2 e and the power of two that brings the
+// largest to 2^14, zeros behind them; with a `new_slot` also the new key, and rounds it and the new value to bytes for shared
+// memory and, part 0, for the cache. The angles of the token stand in kAngles.
 template <KvFormat kFormat, int kD, class Shared>
 __device__ __forceinline__ void turn_heads(const Attention8Params& p, unsigned char* shared, int row, int kv_head, int part,
                                            int num_heads, int64_t new_slot) {
@@ -149,26 +168,26 @@ __device__ __forceinline__ void turn_heads(const Attention8Params& p, unsigned c
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, d = Part::kPairs * lane;
     const bf16* qkv = p.qkv + static_cast<int64_t>(row) * (p.heads + 2 * p.kv_heads) * kD;
     const float2* cos_sin = reinterpret_cast<const float2*>(shared + Shared::kAngles);
-    float2* factors = reinterpret_cast<float2*>(shared + Shared::kFactors);
+    float* factors = reinterpret_cast<float*>(shared + Shared::kFactors);
     float* to = reinterpret_cast<float*>(shared + Shared::kQuery) + warp * Shared::kQueryStride;
+    const bool is_key = warp == kAttentionWarps - 1, has_new = new_slot >= 0 && warp >= kAttentionWarps - 2;
+    Part q, x;  // the last warps have fewer heads, and the new token
+    q.load(qkv + (kv_head * p.group + part * kTableHeads + min(warp, num_heads - 1)) * kD, lane);
+    if (has_new) x.load(qkv + (p.heads + (is_key ? 0 : p.kv_heads) + kv_head) * kD, lane);
     if (warp < num_heads) {
-        Part q(qkv + (kv_head * p.group + part * kTableHeads + warp) * kD, lane);
         q.turn(cos_sin, lane);
         q.multiply(p.scale * kLog2e);
         const uint32_t exponent = max(15u, q.largest_bits() >> 23);
-        if (lane == 0)
-            factors[warp] = {__uint_as_float((268u - exponent) << 23),
-                             __uint_as_float((exponent - 14u) << 23) * kByteFactor<kFormat>};
+        q.multiply(__uint_as_float((268u - exponent) << 23));
+        if (lane == 0) factors[warp] = __uint_as_float((exponent - 14u) << 23) * kTableFactor;
 #pragma unroll
         for (int k = 0; k < Part::kPairs; ++k) to[d + k] = q.first[k], to[d + kD / 2 + k] = q.second[k];
     } else {
-        if (lane == 0) factors[warp] = {0.f, 0.f};
+        if (lane == 0) factors[warp] = 0.f;
 #pragma unroll
         for (int k = 0; k < Part::kPairs; ++k) to[d + k] = to[d + kD / 2 + k] = 0.f;
     }
-    if (new_slot < 0 || warp < kAttentionWarps - 2) return;  // the last warps have fewer heads
-    const bool is_key = warp == kAttentionWarps - 1;
-    Part x(qkv + (p.heads + (is_key ? 0 : p.kv_heads) + kv_head) * kD, lane);
+    if (!has_new) return;
     if (is_key) x.turn(cos_sin, lane);
     unsigned char* cache = (is_key ? p.k_cache : p.v_cache) + new_slot * kD;
     const float scale = x.template store<kFormat>(shared + (is_key ? Shared::kNewKey : Shared::kNewValue),
@@ -184,59 +203,88 @@ __device__ __forceinline__ void turn_heads(const Attention8Params& p, unsigned c
 // A warp has a SM's quarter to itself but for one other, so what is independent has to stand next to each other: operands are
 // loaded ahead of the products, and sums are kept apart where a product would wait for the one before.
 
-// R(-p0) q · B: score[m] of tokens 16 m + g, + 8 (upper two) and heads 2 t, 2 t + 1. `head`: this lane's q, dims 4 t …;
-// `angles`: those of p0; `table`, `lacking`: B. Reads no tile.
+// R(-p0) q of dims 16 c + 4 t … and their partners, as operands of the two steps of a product over dims.
 template <int kD>
-__device__ __forceinline__ void offset_scores(float (&score)[2][4], const float* head, const float2* angles, uint32_t table,
-                                              uint32_t lacking, int lane) {
-    constexpr int kSteps = kD / 16;
-    uint32_t large[kSteps][2], small[kSteps][2];
-#pragma unroll
-    for (int c = 0; c < kSteps / 2; ++c) {
+struct TurnedBack {
+    float2 y[4];
+
+    __device__ __forceinline__ TurnedBack(const float* head, const float2* angles, int c) {
         const float4 x1 = *reinterpret_cast<const float4*>(head + 16 * c);
         const float4 x2 = *reinterpret_cast<const float4*>(head + 16 * c + kD / 2);
         const float4 a = *reinterpret_cast<const float4*>(angles + 16 * c);
         const float4 b = *reinterpret_cast<const float4*>(angles + 16 * c + 2);
-        const float2 y[4] = {turned_back(x1.x, x2.x, {a.x, a.y}), turned_back(x1.y, x2.y, {a.z, a.w}),
-                             turned_back(x1.z, x2.z, {b.x, b.y}), turned_back(x1.w, x2.w, {b.z, b.w})};
+        y[0] = turned_back(x1.x, x2.x, {a.x, a.y}), y[1] = turned_back(x1.y, x2.y, {a.z, a.w});
+        y[2] = turned_back(x1.z, x2.z, {b.x, b.y}), y[3] = turned_back(x1.w, x2.w, {b.z, b.w});
+    }
+    __device__ __forceinline__ uint32_t high(int half, int pair) const {
+        return half == 0 ? pack_half(y[2 * pair].x, y[2 * pair + 1].x) : pack_half(y[2 * pair].y, y[2 * pair + 1].y);
+    }
+    __device__ __forceinline__ uint32_t rest(int half, int pair, uint32_t high) const {
+        const float2 rounded = __half22float2(*reinterpret_cast<const __half2*>(&high));
+        return half == 0 ? pack_half(y[2 * pair].x - rounded.x, y[2 * pair + 1].x - rounded.y)
+                         : pack_half(y[2 * pair].y - rounded.x, y[2 * pair + 1].y - rounded.y);
+    }
+};
+
+// R(-p0) q · B: score[m] of tokens 16 m + g, + 8 (upper two) and heads 2 t, 2 t + 1. `head`: this lane's q, dims 4 t …;
+// `angles`: those of p0; `table`, `lacking`: B. `large`: bit c where part c needs all three products. Reads no tile.
+template <int kD>
+__device__ __forceinline__ void offset_scores(float (&score)[2][4], const float* head, const float2* angles, uint32_t table,
+                                              uint32_t lacking, uint32_t large, int lane) {
+    constexpr int kParts = kD / 32;
+    float odd[2][4] = {};
+    const auto at = [&](int m, int k) { return swizzled<kD>(m * 16 + (lane & 15), 2 * k + (lane >> 4)); };
+#pragma unroll
+    for (int c = 0; c < kParts; ++c) {
+        const TurnedBack<kD> q(head, angles, c);
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
-            for (int k = 0; k < 2; ++k) {
-                const float low = half == 0 ? y[2 * k].x : y[2 * k].y, high = half == 0 ? y[2 * k + 1].x : y[2 * k + 1].y;
-                const int at = c + half * kSteps / 2;
-                large[at][k] = pack(low, high);
-                const float2 rounded = unpack(large[at][k]);
-                small[at][k] = pack(low - rounded.x, high - rounded.y);
-            }
-    }
-    float cross[2][4] = {};  // of B with what q lacks, of what B lacks with q
-    uint32_t b[2][2][2][4];     // of one step and the next: [m], B and what it lacks
-    const auto load = [&](int k) {
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-            const uint32_t at = swizzled<kD>(m * 16 + (lane & 15), 2 * k + (lane >> 4));
-            load_matrices(b[k & 1][m][0], table + at);
-            load_matrices(b[k & 1][m][1], lacking + at);
-        }
-    };
-    load(0);
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-        if (k + 1 < kSteps) load(k + 1);
-#pragma unroll
-        for (int which = 0; which < 3; ++which)
-#pragma unroll
             for (int m = 0; m < 2; ++m) {
-                const uint32_t(&a)[4] = b[k & 1][m][which == 2];
-                const uint32_t(&q)[2] = which == 1 ? small[k] : large[k];
-                mma_bf16(which == 0 ? score[m] : cross[m], a[0], a[1], a[2], a[3], q[0], q[1]);
+                uint32_t b[4];
+                load_matrices(b, table + at(m, c + half * kParts));
+                float(&sum)[4] = half == 0 ? score[m] : odd[m];
+                mma_f16(sum, b[0], b[1], b[2], b[3], q.high(half, 0), q.high(half, 1), sum);
             }
     }
+    // B with what q lacks, and what B lacks with q.
+    if (large != 0)
+#pragma unroll 1
+        for (int c = 0; c < kParts; ++c) {
+            if (!(large >> c & 1u)) continue;
+            const TurnedBack<kD> q(head, angles, c);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const uint32_t high[2] = {q.high(half, 0), q.high(half, 1)};
+#pragma unroll
+                for (int m = 0; m < 2; ++m) {
+                    uint32_t b[4], l[4];
+                    load_matrices(b, table + at(m, c + half * kParts));
+                    load_matrices(l, lacking + at(m, c + half * kParts));
+                    float(&sum)[4] = half == 0 ? score[m] : odd[m];
+                    mma_f16(sum, b[0], b[1], b[2], b[3], q.rest(half, 0, high[0]), q.rest(half, 1, high[1]), sum);
+                    mma_f16(sum, l[0], l[1], l[2], l[3], high[0], high[1], sum);
+                }
+            }
+        }
 #pragma unroll
     for (int m = 0; m < 2; ++m)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) score[m][i] += cross[m][i];
+        for (int i = 0; i < 4; ++i) score[m][i] += odd[m][i];
+}
+
+// The new token's bytes at `from` in shared memory into its place of a tile, by a warp.
+template <int kD>
+__device__ __forceinline__ void put_token(uint32_t tile, int token, uint32_t from, int lane) {
+    if (lane < kD / 16) store_shared(tile + swizzled_bytes<kD>(token, lane), load_shared(from + lane * 16));
+}
+
+// Zeros behind the new token: bytes of NaN are NaN times weights of zero as well.
+template <int kD>
+__device__ __forceinline__ void clear_behind(uint32_t tile, int token, int lane) {
+#pragma unroll 1
+    for (int i = (token + 1) * (kD / 16) + lane; i < kByteTile * (kD / 16); i += 32)
+        store_shared(tile + swizzled_bytes<kD>(i / (kD / 16), i % (kD / 16)), uint4{});
 }
 
 // The bytes of a tile as words: [c / 2][m], of rows 16 m + g and + 8 (odd ones), chunks c (lower two) and c + 1.
@@ -317,6 +365,8 @@ __device__ __forceinline__ void merge_warps(const Attention8Params& p, unsigned 
     for (int i = threadIdx.x; i < num_heads * kD / 4; i += kAttentionWarps * 32) {
         const int head = i / (kD / 4), d = i % (kD / 4) * 4;
         float highest = -INFINITY;
+        float4 added = {0.f, 0.f, 0.f, 0.f};
+        if (is_only && p.v_offset != nullptr) added = *reinterpret_cast<const float4*>(p.v_offset + kv_head * kD + d);
 #pragma unroll
         for (int w = 0; w < kAttentionWarps; ++w) highest = fmaxf(highest, max_sum[w * kTableHeads + head].x);
         float4 sum = {0.f, 0.f, 0.f, 0.f};
@@ -332,9 +382,8 @@ __device__ __forceinline__ void merge_warps(const Attention8Params& p, unsigned 
         }
         if (is_only) {
             const float f = 1.f / weight_sum;
-            const float2 first = offset_pair(p.v_offset, kv_head * kD + d), second = offset_pair(p.v_offset, kv_head * kD + d + 2);
-            *reinterpret_cast<uint2*>(out + head * kD + d) = {pack(fmaf(sum.x, f, first.x), fmaf(sum.y, f, first.y)),
-                                                              pack(fmaf(sum.z, f, second.x), fmaf(sum.w, f, second.y))};
+            *reinterpret_cast<uint2*>(out + head * kD + d) = {pack(fmaf(sum.x, f, added.x), fmaf(sum.y, f, added.y)),
+                                                              pack(fmaf(sum.z, f, added.z), fmaf(sum.w, f, added.w))};
         } else {
             __stcg(reinterpret_cast<float4*>(p.partial + (slot + head) * kD + d), sum);
             if (d == 0) __stcg(p.partial_max + slot + head, make_float2(highest, weight_sum));

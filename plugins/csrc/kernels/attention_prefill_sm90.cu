@@ -16,6 +16,7 @@
 // Cost: 4 · D FLOPs per head, query and visible key; bound by the matrix units.
 // Figures and what was tried: docs/performance-gpu-kernels.md.
 // Source: FlashAttention-3 (Shah et al. 2024), section 3.
+#include "../common/tensor_map.cuh"
 #include "../common/wgmma.cuh"
 #include "attention.cuh"
 
@@ -269,40 +270,13 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) attention_prefill_sm90_ker
 
 namespace {
 
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-                                 const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-// The driver's function, without linking to the driver.
-EncodeTiled find_encode() {
-    static const EncodeTiled found = [] {
-        void* entry = nullptr;
-        cudaDriverEntryPointQueryResult result;
-        const cudaError_t error =
-            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
-        return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(entry) : nullptr;
-    }();
-    return found;
-}
-
-// A row-major matrix of 16-bit numbers, copied in boxes of `box_rows` rows and 64 columns.
-bool encode(CUtensorMap* map, void* data, int64_t rows, int64_t columns, int box_rows) {
-    const EncodeTiled function = find_encode();
-    if (function == nullptr) return false;
-    const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-    const cuuint64_t strides[1] = {static_cast<cuuint64_t>(columns) * 2};
-    const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
-    return function(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, data, sizes, strides, box, steps,
-                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 template <int kD, bool kHalf>
 int32_t launch_sm90(const QwenRtCall& call, const Device& device, const AttentionArguments& a) {
     PrefillSm90Params p = {};
     const int64_t cache_rows = a.num_blocks * a.kv_heads * kBlockTokens;
-    if (!encode(&p.queries, a.out, a.rows, static_cast<int64_t>(a.heads) * kD, kTileRows) ||
-        !encode(&p.keys, a.k_cache, cache_rows, kD, kBlockTokens) || !encode(&p.values, a.v_cache, cache_rows, kD, kBlockTokens))
+    if (!encode_boxes(&p.queries, a.out, a.rows, static_cast<int64_t>(a.heads) * kD, 2, kTileRows) ||
+        !encode_boxes(&p.keys, a.k_cache, cache_rows, kD, 2, kBlockTokens) ||
+        !encode_boxes(&p.values, a.v_cache, cache_rows, kD, 2, kBlockTokens))
         return refuse(call, QWEN_RT_CUDA_ERROR, "cuTensorMapEncodeTiled failed; expected a driver for CUDA 12 or newer");
     p.positions = a.positions;
     p.query_starts = a.query_starts;

@@ -10,7 +10,7 @@
 // Dims: rows, ffn, hidden, groups (0: bf16). Attributes: weight_format.
 //
 // Numerics, mapping: up to 32 rows, or 64 of a weight that takes_products() leaves, common/skinny_gemm.cuh, more
-//   common/prefill.cuh; both add the residual in f32 before the one rounding to bf16.
+//   common/prefill.cuh (2048 rows and more of e4m3 on SM 9.0: common/tile_gemm.cu); all add the residual in f32 before the one rounding to bf16.
 // Workspace: up to 32 rows none for bf16, else room for permuted or prepared x; more rows: the counters (not used), cuBLASLt's, and of
 //   quantized weights those of common/prefill.cuh.
 // Preconditions (the launcher checks): ffn a multiple of 64, 16-byte aligned pointers; above 64 rows cuBLASLt, hidden a

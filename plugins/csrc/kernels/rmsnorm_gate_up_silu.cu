@@ -17,9 +17,10 @@
 //   g + 8 of a matrix tile, so one thread holds both sums. More rows: common/prefill.cuh rounds the whole norm once (to bf16,
 //   or to e4m3 or i8 with a scale for each row), common/cublaslt.cuh gate and up (one product where the matrices lie behind
 //   each other in memory, else two), a kernel here their gated product; 16 bytes per thread and turn. Products of i8 are
-//   integers, not rounded, a slab of rows at a time.
+//   integers, not rounded, a slab of rows at a time. On SM 9.0 2048 rows and more of e4m3 with a scale for each row of the
+//   matrix go to common/tile_gemm.cu, which rounds only the gated product.
 // Workspace: up to 32 rows none for bf16, else room for permuted rows; more rows: the counters (not used), cuBLASLt's, the
-//   normalized rows, gate and up side by side, bf16[rows, 2 ffn], and of quantized matrices a slab in bf16.
+//   normalized rows, gate and up side by side, bf16[rows, 2 ffn] (tiles do not use it), and of quantized matrices a slab in bf16.
 // Preconditions (the launcher checks): hidden a multiple of 64, 16-byte aligned pointers; above 64 rows cuBLASLt, hidden
 //   <= 32768, ffn a multiple of 8, a workspace aligned to 256 bytes.
 // Cost: the stored bytes of the matrices, 4 · hidden · ffn FLOPs per row; bound by reading, beyond some 300 rows by the
@@ -30,13 +31,11 @@
 #include "../common/ops.cuh"
 #include "../common/prefill.cuh"
 #include "../common/prefill_rows.cuh"
+#include "../common/tile_gemm.cuh"
 
 namespace qwen_rt {
 
 // ---------------------------------------------------------------- kernel
-
-// silu(gate) · up
-__device__ __forceinline__ float gated(float gate, float up) { return __fdividef(gate, 1.f + __expf(-gate)) * up; }
 
 __device__ __forceinline__ uint32_t gate_pair(uint32_t gate, uint32_t up) {
     const float2 g = unpack(gate), u = unpack(up);
@@ -94,6 +93,8 @@ int32_t prefill_gate_up(const QwenRtCall& call, const PrefillShape& shape, const
     Device device;
     if (const cudaError_t error = current_device(&device); error != cudaSuccess)
         return refuse(call, QWEN_RT_CUDA_ERROR, "no device: %s", cudaGetErrorString(error));
+    if (multiplies_gated(device, shape, matrices))
+        return multiply_gated(call, device, shape, rows, matrices, call.tensors[kActivation], scratch);
     for (int64_t first = 0; first < shape.rows; first += most) {
         PrefillShape part = shape;
         part.rows = shape.rows - first < most ? shape.rows - first : most;

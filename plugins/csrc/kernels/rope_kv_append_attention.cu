@@ -32,7 +32,8 @@
 // Numerics: angles, rotation, scores, softmax and sums in f32; q', k' rounded to bf16 as the cache is, probabilities to
 //   bf16 before the product with values (their sum is not). With a quantized cache: the heads of its two files.
 // Preconditions (checked here): at most 64 sequences, head_dim 64 or 128, heads a multiple of kv_heads, at most 16 times as
-//   many, block_size a multiple of 16, workspace given, scales and offsets only with kv_format 1 or 2, and then all scales.
+//   many, block_size a multiple of 16, workspace given, scales and offsets only with kv_format 1 or 2, and then all scales;
+//   num_blocks · kv_heads · block_size at most 2^32.
 // Cost: decode 4 · kv_heads · D · (p + 1) bytes a row, quantized 2 · kv_heads · (D + 4) · (p + 1), bound by reading; prefill
 //   4 · heads · D FLOPs per row and visible token, bound by the matrix units.
 // Reference: benchmarks/kernel_references.py::rope_kv_append_attention; test: tests/plugins/test_kernels_gpu.py,
@@ -128,6 +129,9 @@ int32_t launch_rope_kv_append_attention(const QwenRtCall& call) {
     const int64_t capacity = dims[kBlockSize] * dims[kMaxBlocks];
     if (capacity > (int64_t{1} << 24))
         return refuse(call, QWEN_RT_UNSUPPORTED, "block_size * max_blocks = %lld; expected at most 2^24", (long long)capacity);
+    if (dims[kNumBlocks] * kv_heads * dims[kBlockSize] > (int64_t{1} << 32))
+        return refuse(call, QWEN_RT_UNSUPPORTED, "num_blocks * kv_heads * block_size = %lld; expected at most 2^32",
+                      (long long)(dims[kNumBlocks] * kv_heads * dims[kBlockSize]));
     const int64_t needed = workspace_rope_kv_append_attention(dims, call.num_dims);
     if (needed > 0 && (call.workspace == nullptr || call.workspace_bytes < needed))
         return refuse(call, QWEN_RT_INVALID, "workspace_bytes=%lld; expected %lld", (long long)call.workspace_bytes,
