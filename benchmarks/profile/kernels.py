@@ -14,6 +14,7 @@ stay outside the text and are an op of their own, `other`.
 | `n` `q`| a prefill's norm, and rows rounded to fp8 without one              |
 | `d` `m`| a slab of a matrix in bf16, a product of cuBLASLt                  |
 | `i`    | scales on a slab of integer products                               |
+| `t`    | a product of many rows in fp8, of gate and up with SiLU at its end |
 | `u`    | SiLU of a prefill's gate and up                                    |
 | `p`    | sampling                                                           |
 """
@@ -36,6 +37,7 @@ _LETTERS = (
     ("s", r"skinny_gemm|skinny_int4"),
     ("x", r"prepare_rows"),
     ("w", r"wide_gemm|skinny_8bit_few"),
+    ("t", r"tile_gemm_kernel"),
     ("a", r"attention_\w*kernel|prefill_append|dequantize_cache"),
     ("r", r"reorder_kernel"),
     ("g", r"gather_kernel"),
@@ -47,7 +49,7 @@ _LETTERS = (
     ("p", r"(?:greedy|choose|edit|logprob|select|mass)_kernel"),
 )
 _LIBRARY = re.compile(r"nvjet|gemm|cutlass|splitK|cublas|xmma", re.IGNORECASE)
-_PRODUCT = "[dmi]*[mi]"
+_PRODUCT = "(?:[dmi]*[mi]|t)"
 _EITHER = "xwxw|x?w"  # more than 32 rows of int8 go in two
 _PATTERNS = {
     "embed": "e",
@@ -55,7 +57,7 @@ _PATTERNS = {
     "rope_kv_append_attention": "a+",
     "o_proj_residual": f"r?s+|{_EITHER}|q?{_PRODUCT}",
     "select_o_proj_residual": f"g?r?s+|g?(?:{_EITHER})|g?q?{_PRODUCT}",
-    "rmsnorm_gate_up_silu": f"r?S+|{_EITHER}|n(?:{_PRODUCT}u)+",
+    "rmsnorm_gate_up_silu": f"r?S+|{_EITHER}|n(?:(?:{_PRODUCT}u)+|t)",
     "down_residual": f"r?s+|{_EITHER}|q?{_PRODUCT}",
     "lm_head": f"r?S+|{_EITHER}",
     "sample": "p+",

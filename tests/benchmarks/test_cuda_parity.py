@@ -72,9 +72,21 @@ def test_from_checkpoint_to_rows_through_the_references(
     assert int4["own_weights_cosine_ratio"] > int4["logits_cosine_ratio"]
 
 
-@pytest.mark.parametrize("is_equal", [True, False])
-def test_through_kernels_rows_have_to_be_bit_equal(monkeypatch: pytest.MonkeyPatch, is_equal: bool) -> None:
+@pytest.mark.parametrize(
+    ("precision", "is_equal", "variable", "passes"),
+    [
+        ("int4", True, "", True),
+        ("int4", False, "", False),
+        ("fp8", False, "", True),
+        ("fp8", False, "1", False),
+        ("fp8", True, "1", True),
+    ],
+)
+def test_through_kernels_rows_have_to_be_bit_equal(
+    monkeypatch: pytest.MonkeyPatch, precision: str, is_equal: bool, variable: str, passes: bool
+) -> None:
     """All but the GPU: float32 and the kernels agree here."""
+    monkeypatch.setenv("QWEN_RT_BATCH_INVARIANT", variable)
     rows: list[dict[str, Any]] = []
     logits = np.random.default_rng(0).normal(size=(3, 50)).astype(np.float32)
     model = types.SimpleNamespace(logits=lambda: logits, take=lambda bundle: None)
@@ -84,9 +96,9 @@ def test_through_kernels_rows_have_to_be_bit_equal(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(bench_cuda_parity, "kernel_logits", lambda bundle, tokens: (logits, facts))
     monkeypatch.setattr(bench_cuda_parity, "describe_gpu", lambda device: {"name": "none"})
     monkeypatch.setattr(bench_cuda_parity, "write_row", lambda *given, **named: rows.append({"given": given} | named))
-    assert main(["--layers", "1", "--precision", "fp8"]) == (0 if is_equal else 1)
-    assert len(rows) == is_equal
-    if is_equal:
+    assert main(["--layers", "1", "--precision", precision]) == (0 if passes else 1)
+    assert len(rows) == passes
+    if passes:
         benchmark, contender, metrics, settings = rows[0]["given"]
         assert (benchmark, contender, settings["rows"]) == ("cuda_accuracy", "qwen-rt", [1, 5])
         assert metrics["own_weights_cosine_ratio"] == pytest.approx(1)
