@@ -102,7 +102,8 @@ def test_through_kernels_rows_have_to_be_bit_equal(
         benchmark, contender, metrics, settings = rows[0]["given"]
         assert (benchmark, contender, settings["rows"]) == ("cuda_accuracy", "qwen-rt", [1, 5])
         assert metrics["own_weights_cosine_ratio"] == pytest.approx(1)
-        assert rows[0]["check"]["what"].endswith("rows bit-equal alone and among others")
+        is_told = rows[0]["check"]["what"].endswith("rows bit-equal alone and among others")
+        assert is_told == is_equal
         assert rows[0]["gpu"] == {"name": "none"}
 
 

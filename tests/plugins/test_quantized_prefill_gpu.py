@@ -74,8 +74,8 @@ def test_fp8_prefill_of_more_rows(call: OpCaller, model: str, rows: int) -> None
     s, scheme = MODELS[model], Scheme("fp8")
     fp8 = torch.cuda.get_device_capability() == (9, 0)
     kind = {"is_prefill": True, "is_fine": not fp8, "is_fp8": fp8}
-    # An activation at a tie of e4m3 may be rounded the other way than in the reference, which moves its whole row: in one
-    # of many draws, one of 22 million numbers is then beyond the tolerance.
+    # An activation at a tie of e4m3 may be rounded the other way than in the reference, which moves its whole row: in
+    # one of many draws, one of 22 million numbers is then beyond the tolerance.
     torch.manual_seed(0)
     x, norm, pair = hidden_rows(rows, s.hidden), norm_weight(s.hidden), pair_of(model, scheme)
     out = run_pair(call, x, norm, pair)
