@@ -86,7 +86,7 @@ def test_batch_mates_do_not_change_a_bit(session: CudaSession, num_rows: int) ->
             assert first.top_logprobs.tolist() == second.top_logprobs.tolist()
 
 
-def test_more_than_32_batch_mates_do_not_where_that_is_asked_for() -> None:
+def test_more_than_32_batch_mates_do_not_where_that_is_asked_for(library: PluginLibrary) -> None:
     """In a process of its own, because the library reads the variable once."""
     tests = [f"{__file__}::test_batch_mates_do_not_change_a_bit[{rows}]" for rows in (2, 33, 64)]
     child = subprocess.run(
