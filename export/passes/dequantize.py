@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qwen_rt.errors import UsageError
+from qwen_rt.export.passes.graph_tools import stored_elements
 from qwen_rt.export.passes.graph_writer import GraphWriter
 from qwen_rt.export.portable import QuantizedLocation, external_value
 from qwen_rt.quantization import Scheme, part_name
@@ -125,7 +126,7 @@ def _signed(values: ir.TensorProtocol, shape: tuple[int, ...]) -> ir.LazyTensor:
     """Nibbles as int4 in two's complement, made when somebody asks for them."""
 
     def make() -> ir.TensorProtocol:
-        flipped = np.bitwise_xor(values.numpy(), np.uint8(_FLIP_SIGNS)).reshape(-1)
+        flipped = np.bitwise_xor(stored_elements(values), np.uint8(_FLIP_SIGNS)).reshape(-1)
         return ir.PackedTensor(flipped, ir.DataType.INT4, shape=shape, name=values.name)
 
     return ir.LazyTensor(make, ir.DataType.INT4, ir.Shape(shape), name=str(values.name))

@@ -10,7 +10,16 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from qwen_rt.errors import GraphError
 
-__all__ = ["constant", "insert", "known_constant", "made_by", "nodes_of_type", "prune", "replace_value"]
+__all__ = [
+    "constant",
+    "insert",
+    "known_constant",
+    "made_by",
+    "nodes_of_type",
+    "prune",
+    "replace_value",
+    "stored_elements",
+]
 
 CONTRIB_DOMAIN = "com.microsoft"
 
@@ -68,6 +77,21 @@ def known_constant(value: ir.Value | None) -> np.ndarray | None:
     if value is None or value.const_value is None or isinstance(value.const_value, ir.ExternalTensor):
         return None
     return value.const_value.numpy()
+
+
+def stored_elements(tensor: ir.TensorProtocol) -> np.ndarray:
+    """The elements of a weight, wherever its bytes lie; those of a reference are a map of the file.
+
+    onnx_ir refuses references whose file is a link out of its folder, or has more than one hard link. Checkpoints are
+    both: Hugging Face's cache links a snapshot to its blobs, and `qwen-rt export --layout` shares shards by hard links.
+    The places come from headers of shards that the user named, not from a graph, so the refusal would guard nothing.
+    """
+    if not isinstance(tensor, ir.ExternalTensor):
+        return tensor.numpy()
+    return ir.ExternalTensor(
+        str(tensor.path), tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=tensor.name or "",
+        base_dir="",
+    ).numpy()  # fmt: skip
 
 
 def replace_value(model: ir.Model, old: ir.Value, new: ir.Value) -> None:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from qwen_rt.errors import UsageError
 from qwen_rt.export.passes.decoder import EMBEDDING, HEAD
 from qwen_rt.export.passes.dequantize import StoredMatrix
+from qwen_rt.export.passes.graph_tools import stored_elements
 from qwen_rt.export.tensor_parallel import check_tp, parameter_parts
 from qwen_rt.quantization import part_name
 from qwen_rt.spec import ModelSpec
@@ -157,7 +158,7 @@ def _rows(tensor: ir.TensorProtocol, start: int, stop: int, name: str, is_copy: 
         )
 
     def make() -> ir.TensorProtocol:
-        return ir.tensor(tensor.numpy()[start:stop].copy(), dtype=tensor.dtype, name=name)
+        return ir.tensor(stored_elements(tensor)[start:stop].copy(), dtype=tensor.dtype, name=name)
 
     return ir.LazyTensor(make, tensor.dtype, shape, name=name)
 
@@ -166,6 +167,6 @@ def _columns(tensor: ir.TensorProtocol, start: int, stop: int, name: str) -> ir.
     """Columns of a matrix under another name, copied when somebody asks for them."""
 
     def make() -> ir.TensorProtocol:
-        return ir.tensor(np.ascontiguousarray(tensor.numpy()[:, start:stop]), dtype=tensor.dtype, name=name)
+        return ir.tensor(np.ascontiguousarray(stored_elements(tensor)[:, start:stop]), dtype=tensor.dtype, name=name)
 
     return ir.LazyTensor(make, tensor.dtype, ir.Shape([tensor.shape.numpy()[0], stop - start]), name=name)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -205,6 +207,40 @@ def test_rows_are_references_and_columns_are_made_when_asked_for(name: str, case
             is_made = part.num_columns > 0 or part.name != parameter  # or a tied head
             assert isinstance(tensor, ir.LazyTensor if is_made else ir.ExternalTensor)
             assert tensor.tobytes() == whole[start:stop].tobytes()
+
+
+def _soft(file: Path, blob: Path) -> None:
+    """As in Hugging Face's cache."""
+    file.rename(blob)
+    file.symlink_to(blob)
+
+
+def _hard(file: Path, blob: Path) -> None:
+    """As in a folder of `qwen-rt export --layout`."""
+    os.link(file, blob)
+
+
+@pytest.mark.parametrize("link", [_soft, _hard])
+def test_shards_that_are_links(link: Callable[[Path, Path], None], cases: dict[str, Case], tmp_path: Path) -> None:
+    """What is made from the bytes does not depend on how the file came into its folder."""
+    case = cases["tied"]
+    schemes = dict.fromkeys(all_matrices(Checkpoint.open(case.checkpoint).spec), Scheme("int4", 16))
+    del schemes["model.layers.0.mlp.down_proj.weight"]
+    quantized = write_quantized(case.checkpoint, schemes, tmp_path / "weights")
+    shard = Shard(1, 2)
+
+    def made() -> dict[str, bytes]:
+        graph = lower(case, shard, quantized).graph
+        data = {name: value.const_value for name, value in graph.initializers.items()}
+        return {name: tensor.tobytes() for name, tensor in data.items() if isinstance(tensor, ir.LazyTensor)}
+
+    plain = made()
+    assert "model.layers.0.mlp.down_proj.weight" in plain
+    assert len(plain) > len(schemes)
+    (tmp_path / "blobs").mkdir()
+    for file in quantized.folder.glob("*.safetensors"):
+        link(file, tmp_path / "blobs" / file.name)
+    assert made() == plain
 
 
 def test_every_row_and_column_is_held(cases: dict[str, Case]) -> None:

@@ -15,6 +15,7 @@ import pytest
 from qwen_rt.checkpoint import Checkpoint
 from qwen_rt.errors import StorageError
 from qwen_rt.export.lower import lowered_graph
+from qwen_rt.export.passes.graph_tools import stored_elements
 from qwen_rt.export.portable import checkpoint_locations
 from qwen_rt.export.source import open_source
 from qwen_rt.export.tensorrt import weights as weights_module
@@ -38,7 +39,7 @@ def _lowered(source: Path, portable: Path, dtype: str = "float32") -> ir.Model:
 def _joined(model: ir.Model, parts: Parts) -> ir.Model:
     """Put the bytes of packed matrices into the graph itself."""
     for name, pieces in parts.items():
-        array = np.concatenate([piece.numpy().reshape(piece.shape.numpy()) for piece in pieces])
+        array = np.concatenate([stored_elements(piece) for piece in pieces])
         value = model.graph.initializers[name]
         assert value.shape is not None
         assert array.shape == tuple(value.shape)
