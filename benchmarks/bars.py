@@ -1,9 +1,10 @@
 """The bars of an issue, as `bars.toml` states them, against the newest result rows.
 
-A bar takes a value from the metrics of one row: its sources are tried in order, and of a source's rows the newest one
-counts that has what the value needs. A value is arithmetic on metrics (`first_token_ms * matrix_tflop_s / 790`; of
-samples the median counts); `base.NAME` is a metric of the row of the SAME RUN that differs as `base` says: in settings,
-and in `contender` to compare with a peer.
+A bar takes a value from the metrics of one row for each kind of GPU that it was measured on: its sources are tried in
+order, the first that has a value serves, and of its rows of one kind of GPU the newest counts that has what the value
+needs. So a card on which a bar is missed is not hidden behind one on which it is met. A value is arithmetic on metrics
+(`first_token_ms * matrix_tflop_s / 790`; of samples the median counts); `base.NAME` is a metric of the row of the SAME
+RUN that differs as `base` says: in settings, and in `contender` to compare with a peer.
 
     [[bar]]
     id = "7b-16-rows"                 unique
@@ -25,7 +26,7 @@ from __future__ import annotations
 import ast
 import operator
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -97,10 +98,11 @@ class Bar:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a bar stands; `value` and `row` are None where no row serves."""
+    """How a bar stands on one kind of GPU, as `H100`, or without any; `value` and `row` are None if no row serves."""
 
     bar: Bar
     state: State
+    gpu: str = ""
     value: float | None = None
     row: Row | None = None
 
@@ -113,6 +115,7 @@ class Verdict:
             "issue": bar.issue,
             "text": bar.text,
             "state": self.state,
+            "gpu": self.gpu,
             "value": self.value,
             "op": bar.op,
             "limit": bar.limit,
@@ -276,7 +279,7 @@ def judge(bars: Sequence[Bar], rows: Sequence[Row], issue: int | None = None) ->
         issue: Only the bars of this one; None for all.
 
     Returns:
-        A verdict for each bar, in order.
+        The verdicts on each bar, in order: one for each kind of GPU that it was measured on, by name.
 
     Raises:
         UsageError: No bar belongs to the issue.
@@ -285,52 +288,94 @@ def judge(bars: Sequence[Bar], rows: Sequence[Row], issue: int | None = None) ->
     if not chosen:
         known = ", ".join(map(str, sorted({bar.issue for bar in bars})))
         raise UsageError(f"issue={issue} has no bars", f"one of {known}" if known else "", "name another")
-    verdicts = []
-    for bar in chosen:
-        found = next((value for source in bar.sources if (value := _value_of(source, rows))), None)
-        if found is None:
-            verdicts.append(Verdict(bar, "NO ROW"))
-        else:
-            verdicts.append(Verdict(bar, "PASS" if bar.met_by(found[0]) else "SHORT", *found))
-    return verdicts
+    return [verdict for bar in chosen for verdict in _verdicts(bar, rows)]
+
+
+def _verdicts(bar: Bar, rows: Sequence[Row]) -> list[Verdict]:
+    by_gpu: dict[str, list[Row]] = {}
+    for row in rows:
+        by_gpu.setdefault(gpu_of(row), []).append(row)
+    for source in bar.sources:
+        found = {gpu: value for gpu in sorted(by_gpu) if (value := _value_of(source, by_gpu[gpu]))}
+        if found:
+            return [
+                Verdict(bar, "PASS" if bar.met_by(value) else "SHORT", gpu, value, row)
+                for gpu, (value, row) in found.items()
+            ]
+    return [Verdict(bar, "NO ROW")]
 
 
 def _show(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
 def _limit(bar: Bar) -> str:
     return f"{bar.op} {bar.limit:g}{' ' + bar.unit if bar.unit else ''}"
 
 
-def _place(row: Row | None) -> str:
-    if row is None:
-        return "–"
+def _place(row: Row) -> str:
     changed = " with changes" if row["dirty"] else ""
-    gpu = f", {gpu_of(row)}" if gpu_of(row) else ""
-    return f"{row['benchmark']} {row['contender']}{gpu}, {row['date'][:10]}, {row['commit'][:10]}{changed}"
+    return f"{row['benchmark']} {row['contender']}, {row['date'][:10]}, {row['commit'][:10]}{changed}"
 
 
 def render(verdicts: Sequence[Verdict]) -> str:
-    """Return a line for each bar and one that counts: for a terminal."""
-    width = max((len(verdict.bar.id) for verdict in verdicts), default=0)
+    """Return a line for each verdict and one that counts: for a terminal."""
+    names = max((len(verdict.bar.id) for verdict in verdicts), default=0)
+    gpus = max((len(verdict.gpu) for verdict in verdicts), default=0)
     limits = max((len(_limit(verdict.bar)) for verdict in verdicts), default=0)
     lines = []
     for verdict in verdicts:
-        bar = verdict.bar
+        bar, row = verdict.bar, verdict.row
         peer = f"  [{bar.peer}]" if bar.peer else ""
-        line = f"{verdict.state:6}  {bar.id:{width}}  {_show(verdict.value):>8} {_limit(bar):{limits}}"
-        lines.append(f"{line}  {_place(verdict.row)}  {bar.text}{peer}")
-    counts = {state: sum(verdict.state == state for verdict in verdicts) for state in ("PASS", "SHORT", "NO ROW")}
-    lines.append(f"{counts['PASS']} pass, {counts['SHORT']} short, {counts['NO ROW']} without a row")
-    return "\n".join(lines)
+        place = "–" if row is None else _place(row)
+        numbers = f"{verdict.gpu:{gpus}}  {_show(verdict.value):>8} {_limit(bar):{limits}}"
+        lines.append(f"{verdict.state:6}  {bar.id:{names}}  {numbers}  {place}  {bar.text}{peer}")
+    return "\n".join([*lines, *_counts(verdicts)])
 
 
-def markdown(verdicts: Sequence[Verdict]) -> str:
-    """Return the same as a Markdown table."""
-    lines = ["| bar | value | limit | | peer | row |", "|---|--:|---|---|---|---|"]
+def _counts(verdicts: Sequence[Verdict]) -> list[str]:
+    lines = []
+    for gpu in sorted({verdict.gpu for verdict in verdicts if verdict.row is not None}):
+        states = [verdict.state for verdict in verdicts if verdict.gpu == gpu and verdict.row is not None]
+        lines.append(f"{gpu or 'no GPU'}: {states.count('PASS')} pass, {states.count('SHORT')} short")
+    without = sum(verdict.row is None for verdict in verdicts)
+    return [*lines, f"{without} without a row"] if without else lines
+
+
+def markdown(verdicts: Sequence[Verdict], brief: bool = False) -> str:
+    """Return a Markdown table with a line for each bar and a column for each kind of GPU.
+
+    Args:
+        verdicts: From `judge`.
+        brief: Leave out the column of rows, and of bars with one text all but the last, whose limit is the later one.
+    """
+    gpus = sorted({verdict.gpu for verdict in verdicts if verdict.row is not None}, key=lambda gpu: (not gpu, gpu))
+    by_bar: dict[str, dict[str, Verdict]] = {}
     for verdict in verdicts:
-        bar = verdict.bar
-        cells = [bar.text, _show(verdict.value), _limit(bar), verdict.state.lower(), bar.peer, _place(verdict.row)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        by_bar.setdefault(verdict.bar.id, {})[verdict.gpu] = verdict
+    lines = {"": [*("bar", "limit"), *(gpu or "no GPU" for gpu in gpus), "peer", "rows"]}
+    for name, found in by_bar.items():
+        bar = next(iter(found.values())).bar
+        values = [_cell(found.get(gpu)) for gpu in gpus]
+        lines[bar.text if brief else name] = [bar.text, _limit(bar), *values, bar.peer, _places(found.values())]
+    table = [cells[:-1] if brief else cells for cells in lines.values()]
+    head, *rest = [f"| {' | '.join(cells)} |" for cells in table]
+    rule = f"|---|---|{'--:|' * len(gpus)}{'---|' * (len(table[0]) - len(gpus) - 2)}"
+    return "\n".join([head, rule, *rest]) + "\n"
+
+
+def _places(verdicts: Iterable[Verdict]) -> str:
+    """Say which rows the values are of, those of one date together."""
+    gpus: dict[str, list[str]] = {}
+    for verdict in verdicts:
+        if verdict.row is not None:
+            gpus.setdefault(_place(verdict.row), []).append(verdict.gpu)
+    return "; ".join(f"{'/'.join(on)}: {place}" if any(on) else place for place, on in gpus.items()) or "no row"
+
+
+def _cell(verdict: Verdict | None) -> str:
+    if verdict is None or verdict.row is None:
+        return "–"
+    return _show(verdict.value) if verdict.state == "PASS" else f"**{_show(verdict.value)}, short**"

@@ -177,13 +177,13 @@ def table(rows: Sequence[Row], benchmark: str) -> str:
     """Return the Markdown table of a benchmark, with a line about the machine and the command under it.
 
     `latency` has a table for each kind of our rows, `peers` has all contenders of the runs in which there were several;
-    `bars` is the table of all bars, which no run makes.
+    `bars` is the table of all bars, which no run makes; `bars-brief` lacks where its values come from.
 
     Raises:
         UsageError: There is no such benchmark.
     """
-    if benchmark == "bars":
-        return bars.markdown(bars.judge(bars.load(), rows))
+    if benchmark in ("bars", "bars-brief"):
+        return bars.markdown(bars.judge(bars.load(), rows), brief=benchmark == "bars-brief")
     if benchmark == "peers" and has_peers(rows):
         chosen = peers_rows(rows)
         return peers_tables(chosen) + "\n" + "\n".join(_footnotes(chosen, {})) + "\n"

@@ -77,6 +77,46 @@ def test_the_newest_row_counts_and_the_last_of_one_date(tmp_path: Path) -> None:
     assert verdict(tmp_path, ONE, rows).state == "SHORT"
 
 
+def _on(gpu: str | None, row: dict[str, Any]) -> dict[str, Any]:
+    name = None if gpu is None else row["device"]["gpu"] | {"name": f"NVIDIA {gpu} 80GB"}
+    return row | {"device": row["device"] | {"gpu": name}}
+
+
+def test_every_kind_of_gpu_is_judged(tmp_path: Path) -> None:
+    """The newest row of one card does not stand for another; a source that no card has leaves all to the next."""
+    rows = [_on("H2", decode_row(1, 128, 3.9)), _on("H2", decode_row(1, 128, 4.2)), _on("H1", decode_row(1, 128, 3.3))]
+    step = gpu_row("kernels", "step", {"itl_us": 3300.0}, rows=1, prompt=127, date="2027-01-01T00:00:00Z")
+    loaded = bars.load(write(tmp_path, ONE))
+    verdicts = bars.judge(loaded, [*rows, _on("H3", step)])
+    assert [(v.gpu, v.state, v.value) for v in verdicts] == [
+        ("H1", "PASS", pytest.approx(1.1)),
+        ("H2", "SHORT", pytest.approx(1.4)),
+    ]
+    assert [v.to_dict()["gpu"] for v in verdicts] == ["H1", "H2"]
+    assert bars.render(verdicts).splitlines()[2:] == ["H1: 1 pass, 0 short", "H2: 0 pass, 1 short"]
+    place = "latency qwen-rt, 2026-01-02, 0123456789"
+    assert bars.markdown(verdicts).splitlines()[2:] == [
+        f"| 1 row | <= 1.2 × | 1.1 | **1.4, short** | another 1.5 | H1/H2: {place} |"
+    ]
+    assert bars.markdown(verdicts, brief=True).splitlines() == [
+        "| bar | limit | H1 | H2 | peer |",
+        "|---|---|--:|--:|---|",
+        "| 1 row | <= 1.2 × | 1.1 | **1.4, short** | another 1.5 |",
+    ]
+    bare = bars.judge(loaded, [_on(None, decode_row(1, 128, 3.3)), rows[0]])
+    assert bars.markdown(bare).splitlines()[0] == "| bar | limit | H2 | no GPU | peer | rows |"
+    (fallen_back,) = bars.judge(loaded, [_on("H3", step)])
+    assert (fallen_back.gpu, fallen_back.state) == ("H3", "PASS")
+
+
+def test_a_brief_table_has_the_later_of_two_limits(tmp_path: Path) -> None:
+    tighter = ONE.replace('"one"', '"tighter"').replace("1.2", "1.05").replace("issue = 3", "issue = 4")
+    verdicts = bars.judge(bars.load(write(tmp_path, ONE + tighter)), [decode_row(1, 128, 3.3)])
+    lines = bars.markdown(verdicts, brief=True).splitlines()
+    assert lines[2:] == ["| 1 row | <= 1.05 × | **1.1, short** | another 1.5 |"]
+    assert len(bars.markdown(verdicts).splitlines()) == 4
+
+
 def test_a_second_source_serves_only_without_a_first(tmp_path: Path) -> None:
     step = gpu_row("kernels", "step", {"itl_us": 3900.0}, rows=1, prompt=127, date="2027-01-01T00:00:00Z")
     fallen_back = verdict(tmp_path, ONE, [step])
@@ -176,16 +216,15 @@ def test_no_file(tmp_path: Path) -> None:
 def test_lines_and_table(tmp_path: Path) -> None:
     rows = [decode_row(1, 128, 3.3, dirty=True)]
     verdicts = bars.judge(bars.load(write(tmp_path, ONE + MANY)), rows)
-    first, second, count = bars.render(verdicts).splitlines()
-    place = "latency qwen-rt, A, 2026-01-02, 0123456789 with changes"
-    assert " ".join(first.split()) == f"PASS one 1.1 <= 1.2 × {place} 1 row [another 1.5]"
+    first, second, *counts = bars.render(verdicts).splitlines()
+    date = "2026-01-02, 0123456789 with changes"
+    assert " ".join(first.split()) == f"PASS one A 1.1 <= 1.2 × latency qwen-rt, {date} 1 row [another 1.5]"
     assert second.startswith("NO ROW  many")
-    assert count == "1 pass, 0 short, 1 without a row"
+    assert counts == ["A: 1 pass, 0 short", "1 without a row"]
     table = bars.markdown(verdicts).splitlines()
-    assert table[2] == (
-        "| 1 row | 1.1 | <= 1.2 × | pass | another 1.5 | latency qwen-rt, A, 2026-01-02, 0123456789 with changes |"
-    )
-    assert table[3].split("|")[2:5] == [" – ", " < 1.15 ", " no row "]
+    assert table[0] == "| bar | limit | A | peer | rows |"
+    assert table[2] == f"| 1 row | <= 1.2 × | 1.1 | another 1.5 | A: latency qwen-rt, {date} |"
+    assert table[3] == "| 16 rows over 1 | < 1.15 | – |  | no row |"
     plain = verdicts[0].to_dict()
     assert (plain["state"], plain["row"]["commit"], plain["row"]["settings"]["rows"]) == ("PASS", "0123456789abcdef", 1)
     assert verdicts[1].to_dict()["row"] is None
