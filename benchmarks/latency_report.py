@@ -147,10 +147,10 @@ def load_pyplot() -> Any:
 
 
 def draw_latency(rows: Sequence[Row], file: Path) -> None:
-    """Draw the ratio to the floor by rows, and that to the floor with keys and values by prompt; a line for each model.
+    """Draw the ratio to the floor by rows, and that to the floor with keys and values by prompt.
 
     Args:
-        rows: Any; decode rows of the GPU that has the newest one are drawn.
+        rows: Any; each GPU that has decode rows gets a line of two panels, each model and its formats a colour.
         file: .svg or .png.
 
     Raises:
@@ -160,14 +160,28 @@ def draw_latency(rows: Sequence[Row], file: Path) -> None:
     decode = [row for row in rows if row["settings"].get("what") == "decode"]
     if not decode:
         raise UsageError("no decode rows to draw", "rows of `qwen-rt bench latency`", "run it first")
-    gpu = gpu_of(max(decode, key=lambda row: str(row["date"])))
-    decode = [row for row in decode if gpu_of(row) == gpu]
+    names = {gpu_of(row): str((row["device"].get("gpu") or {}).get("name", "GPU")) for row in decode}
     pyplot = load_pyplot()
-    figure, (by_rows, by_prompt) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    palette = pyplot.get_cmap("tab20").colors
+    stored = sorted({_stored(row) for row in decode})
+    colors = {name: palette[number % len(palette)] for number, name in enumerate(stored)}
+    figure, panels = pyplot.subplots(
+        len(names), 2, figsize=(9, 3.6 * len(names)), layout="constrained", squeeze=False, sharey="col"
+    )
+    for (gpu, name), (by_rows, by_prompt) in zip(sorted(names.items()), panels, strict=True):
+        _draw_gpu(by_rows, by_prompt, [row for row in decode if gpu_of(row) == gpu], colors)
+        by_rows.set_title(f"one {name}", fontsize=9, loc="left")
+    figure.suptitle("Decode, random weights unless a bundle is named", fontsize=10)
+    # Without a date in it, the same rows give the same file.
+    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+    pyplot.close(figure)
+
+
+def _draw_gpu(by_rows: Any, by_prompt: Any, decode: Sequence[Row], colors: Mapping[str, Any]) -> None:
     base = {row["settings"]["prompt"] for row in decode if row["settings"]["rows"] > 1}
     fewest = min(row["settings"]["rows"] for row in decode)
-    _lines(by_rows, decode, "rows", "itl_to_floor_ratio", lambda s: not base or s["prompt"] in base)
-    _lines(by_prompt, decode, "prompt", "itl_to_floor_with_kv_ratio", lambda s: s["rows"] == fewest)
+    _lines(by_rows, decode, "rows", "itl_to_floor_ratio", lambda s: not base or s["prompt"] in base, colors)
+    _lines(by_prompt, decode, "prompt", "itl_to_floor_with_kv_ratio", lambda s: s["rows"] == fewest, colors)
     by_rows.set(xlabel="rows", ylabel="ms a token / floor")
     by_prompt.set(xlabel="tokens of the prompt", ylabel="ms a token / floor with keys and values")
     for axes in (by_rows, by_prompt):
@@ -177,23 +191,22 @@ def draw_latency(rows: Sequence[Row], file: Path) -> None:
     counts = sorted({row["settings"]["rows"] for row in decode})
     by_rows.set_xscale("log", base=2)
     by_rows.set_xticks(counts, [str(count) for count in counts])
-    names = {str((row["device"].get("gpu") or {}).get("name", "GPU")) for row in decode}
-    title = f"Decode, random weights unless a bundle is named; one {', '.join(sorted(names))}"
-    figure.suptitle(title, fontsize=10)
-    by_rows.legend(frameon=False)
-    # Without a date in it, the same rows give the same file.
-    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
-    pyplot.close(figure)
+    by_rows.legend(frameon=False, fontsize=7)
 
 
 def _lines(
-    axes: Any, rows: Sequence[Row], setting: str, metric: str, wanted: Callable[[Mapping[str, Any]], bool]
+    axes: Any,
+    rows: Sequence[Row],
+    setting: str,
+    metric: str,
+    wanted: Callable[[Mapping[str, Any]], bool],
+    colors: Mapping[str, Any],
 ) -> None:
-    for stored in dict.fromkeys(_stored(row) for row in rows):
+    for stored in sorted({_stored(row) for row in rows}):
         chosen = [row for row in rows if _stored(row) == stored and wanted(row["settings"])]
         points = sorted((row["settings"][setting], number_of(row, metric)) for row in chosen)
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=stored)
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=stored, color=colors[stored])
 
 
 def _stored(row: Row) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,16 @@ def test_the_picture(tmp_path: Path) -> None:
     assert (tmp_path / "again.png").stat().st_size > 1000
     with pytest.raises(UsageError, match="no decode rows"):
         draw_latency(rows[-1:], tmp_path / "none.png")
+
+
+def test_the_picture_has_every_gpu(tmp_path: Path) -> None:
+    rows = [decode_row(count, 128, 3.0 + count / 16) for count in (1, 16)]
+    for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H200"):
+        device = rows[0]["device"] | {"gpu": rows[0]["device"]["gpu"] | {"name": name}}
+        rows += [row | {"device": device} for row in rows[:2]]
+    draw_latency(rows, tmp_path / "three.svg")
+    words = (tmp_path / "three.svg").read_text("utf-8")
+    assert re.findall(r"<!-- one (.+?) -->", words) == ["A GPU", "NVIDIA H100 80GB HBM3", "NVIDIA H200"]
 
 
 def test_one_models_single_point_can_be_drawn(tmp_path: Path) -> None:
