@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,12 @@ if TYPE_CHECKING:
     from qwen_rt.runtime.llm import LLM
 
     from .cases import Zoo
+
+
+def pytest_configure() -> None:
+    """Take Ctrl-C as a terminal would send it: what a shell starts with `&` in a script ignores it, children too."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
