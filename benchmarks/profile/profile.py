@@ -8,10 +8,13 @@ from typing import Any
 
 from qwen_rt.benchmarks.profile.waterfall import CAUSES, Step, Waterfall
 
-__all__ = ["SCHEMA", "Profile", "Span", "to_document"]
+__all__ = ["KIND", "SCHEMA", "Profile", "Span", "to_document"]
 
 SCHEMA = 1
 """Version of the JSON document; raised when a key changes its meaning or goes."""
+
+KIND = "qwen-rt profile"
+"""What the document says that it is."""
 
 _DIGITS = 3
 
@@ -109,7 +112,7 @@ def to_document(
     """
     return {
         "schema": SCHEMA,
-        "kind": "qwen-rt profile",
+        "kind": KIND,
         "date": date,
         "command": command,
         "device": dict(device),

@@ -12,7 +12,8 @@ from qwen_rt.benchmarks import harness
 from qwen_rt.benchmarks.kernel_shapes import SHAPES
 from qwen_rt.benchmarks.profile.picture import draw_profiles
 from qwen_rt.benchmarks.profile.profile import Profile, to_document
-from qwen_rt.benchmarks.profile.text import profile_text
+from qwen_rt.benchmarks.profile.saved import read_profiles
+from qwen_rt.benchmarks.profile.text import device_text, profile_text
 from qwen_rt.benchmarks.profile.trace import trace_bytes
 from qwen_rt.benchmarks.verify_picture import check_picture
 from qwen_rt.bundle import Bundle
@@ -46,7 +47,7 @@ def run(
     """Profile a bundle or a shape; print the tables and write what is asked for.
 
     Args:
-        name: A bundle, or a key of `SHAPES`.
+        name: A bundle, a key of `SHAPES`, or a document that `json_file` got, which is printed and drawn again.
         rows: Rows that decode at once.
         prompt: Tokens of each before the first step.
         steps: Decode steps that are recorded.
@@ -70,6 +71,15 @@ def run(
     for option, file in (("--json", json_file), ("--trace", trace), ("--picture", picture)):
         if file is not None and not file.parent.is_dir():
             raise UsageError(f"{option} {file}", "a folder that exists", f"make {file.parent}")
+    if name.endswith(".json"):
+        for option, value in (("--json", json_file), ("--trace", trace), ("--prefill", prefill)):
+            if value is not None:
+                raise UsageError(f"{option} {value} with {name}", "something to measure", "name a bundle or a shape")
+        profiles, title = read_profiles(Path(name))
+        print("\n\n".join(profile_text(profile, title) for profile in profiles), flush=True)
+        if picture is not None:
+            draw_profiles(profiles, title, picture)
+        return
     bundle = None
     used: Mapping[str, str] = {}
     if name not in SHAPES:
@@ -83,17 +93,13 @@ def run(
         from qwen_rt.benchmarks.profile.on_cpu import profile_bundle
 
         profiles, described = profile_bundle(bundle, rows, prompt, steps, prefill, threads)
-        title = f"{described['cpu']}, {threads or described['num_cores']} threads"
     else:
         if threads:
             raise UsageError(f"--threads {threads}", "a bundle of target cpu", "leave it out")
         plan = {"rows": rows, "prompt": prompt, "steps": steps, "prefill": prefill}
         which = (name, bundle, layers, precision, kv_format)
         profiles, described, used = _on_cuda(*which, method=method, device=device, quiet=quiet, plan=plan)
-        title = f"one {described['name']}"
-    title += f", read {described['read_gb_s']:g} GB/s"
-    if "matrix_tflop_s" in described and prefill is not None:
-        title += f", bf16 products {described['matrix_tflop_s']:g} TFLOP/s"
+    title = device_text(described, profiles)
     print("\n\n".join(profile_text(profile, title) for profile in profiles), flush=True)
     if json_file is not None:
         versions = harness.versions(*(("onnxruntime-gpu",) if used else ())) | dict(used)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from qwen_rt.benchmarks.profile.profile import Profile
 from qwen_rt.benchmarks.profile.waterfall import CAUSES
 
-__all__ = ["profile_text", "title_of"]
+__all__ = ["device_text", "profile_text", "title_of"]
 
 _HEADER = ("op", "calls", "µs", "floor", "gap", "lost", "of lost", "of rate")
 
@@ -19,6 +20,16 @@ def title_of(profile: Profile) -> str:
     rows = f"{of['rows']} row{'s' * (of['rows'] > 1)}, "
     tokens = f"{rows}prompt {of['prompt']}" if profile.phase == "decode" else f"{of['prompt']} tokens"
     return f"{profile.phase}, {of['model']} {of['precision']}{cache}, {tokens}"
+
+
+def device_text(device: Mapping[str, Any], profiles: Sequence[Profile]) -> str:
+    """Return what profiles of one run were taken on, with the rates that their floors are made of."""
+    gpu = f"one {device['name']}" if "name" in device else ""
+    text = gpu or f"{device['cpu']}, {profiles[0].settings['threads']} threads"
+    text += f", read {device['read_gb_s']:g} GB/s"
+    if "matrix_tflop_s" in device and any(profile.phase == "prefill" for profile in profiles):
+        text += f", bf16 products {device['matrix_tflop_s']:g} TFLOP/s"
+    return text
 
 
 def _table(lines: Sequence[Sequence[str]]) -> list[str]:

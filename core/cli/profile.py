@@ -4,7 +4,8 @@ For every op of a step: its calls, its time, its floor (the bytes that it must r
 the same run), the gap before it, and what is lost, which is time and gap beyond the floor; then what is lost to which
 cause. All lost time adds up to the step less its floor.
 
-MODEL is a bundle, of target cpu or cuda, or a shape with random weights on a GPU (0.5b, 1.5b, 7b, 72b).
+MODEL is a bundle, of target cpu or cuda, or a shape with random weights on a GPU (0.5b, 1.5b, 7b, 72b). The name of a
+.json that --json wrote prints that profile again, and draws it, on any machine.
 
 On a GPU kernels are recorded by CUPTI while captured steps run as in `generate`. Where CUPTI is missing or not allowed
 (it says why), decode steps that end after the first op, the second, and so on are timed instead: slower, and gaps count
@@ -26,13 +27,14 @@ example:
   qwen-rt profile nano-cpu
   qwen-rt profile math-7b --rows 16 --prompt 1024 --prefill 6144 --trace trace.json
   qwen-rt profile 7b --precision fp8 --json profile.json --picture profile.svg
+  qwen-rt profile profile.json --picture again.png
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `qwen-rt profile`."""
     shapes = ", ".join(bench.MODELS)
-    parser.add_argument("bundle", metavar="MODEL", help=f"folder that `qwen-rt build` wrote, or {shapes}")
+    parser.add_argument("bundle", metavar="MODEL", help=f"folder that `qwen-rt build` wrote, or {shapes}, or a .json")
     what = parser.add_argument_group("what is profiled")
     what.add_argument(
         "--rows", type=bench.rows_of, default=1, metavar="N", help="rows that decode at once (default: 1)"

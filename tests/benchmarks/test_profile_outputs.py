@@ -5,19 +5,24 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
+from qwen_rt.benchmarks import harness
 from qwen_rt.benchmarks.profile.gpu_steps import HostSpan
 from qwen_rt.benchmarks.profile.on_cuda import _tracks, decode_steps
 from qwen_rt.benchmarks.profile.picture import draw_profiles
 from qwen_rt.benchmarks.profile.profile import SCHEMA, Profile, Span, to_document
-from qwen_rt.benchmarks.profile.text import profile_text, title_of
+from qwen_rt.benchmarks.profile.run import run
+from qwen_rt.benchmarks.profile.saved import MOST_BYTES, read_profiles
+from qwen_rt.benchmarks.profile.text import device_text, profile_text, title_of
 from qwen_rt.benchmarks.profile.trace import lanes, trace_bytes, trace_events
 from qwen_rt.benchmarks.profile.waterfall import CAUSES, Call, Step, make_waterfall
+from qwen_rt.errors import UsageError
 
 from . import profile_kit as kit
 
@@ -176,3 +181,81 @@ def test_many_small_ops_are_one_bar(tmp_path: Path) -> None:
     rows = _rows(fall.ops, fall.step_us)
     assert [row[0] for row in rows] == ["Gemm  × 1", "8 small ops  × 8"]
     assert sum(sum(row[1:]) for row in rows) == pytest.approx(fall.step_us)
+
+
+# ---------------------------------------------------------------- read back
+
+DEVICE = {"name": "A GPU", "read_gb_s": 3000.0}
+
+
+def saved(folder: Path, *profiles: Profile, device: dict[str, Any] = DEVICE) -> Path:
+    document = to_document(profiles, "qwen-rt profile 7b", "2026-01-01T00:00:00Z", device, {"cuda": "13.0"})
+    file = folder / "profile.json"
+    file.write_text(json.dumps(document), encoding="utf-8")
+    return file
+
+
+def test_a_saved_profile_prints_and_draws_as_the_measured_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = [profile(), profile(phase="prefill", has_gaps=False, alone_us=None, notes=("CUPTI was not found",))]
+    device = DEVICE | {"matrix_tflop_s": 700.0}
+    file = saved(tmp_path, *made, device=device)
+    title = device_text(device, made)
+    assert title == "one A GPU, read 3000 GB/s, bf16 products 700 TFLOP/s"
+    run(str(file), picture=tmp_path / "again.svg")
+    assert capsys.readouterr().out == "\n\n".join(profile_text(one, title) for one in made) + "\n"
+    draw_profiles(made, title, tmp_path / "first.svg")
+    words = [re.findall("<!-- (.+?) -->", (tmp_path / f"{name}.svg").read_text("utf-8")) for name in ("first", "again")]
+    assert words[0] == words[1]
+    assert "whole step" in words[0]
+
+
+def test_a_saved_profile_of_a_cpu(tmp_path: Path) -> None:
+    device = {"cpu": "A CPU", "num_cores": 8, "read_gb_s": 20.5}
+    profiles, title = read_profiles(saved(tmp_path, profile(settings=SETTINGS | {"threads": 2}), device=device))
+    assert title == "A CPU, 2 threads, read 20.5 GB/s"
+    assert len(profiles) == 1
+
+
+def test_the_committed_profiles_can_be_read() -> None:
+    files = sorted(harness.RESULTS_FOLDER.glob("profile*.json"))
+    assert files
+    for file in files:
+        (made,), title = read_profiles(file)
+        assert made.waterfall.lost_us == pytest.approx(sum(made.waterfall.causes.values()), abs=0.1)
+        assert title.startswith("one NVIDIA ")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "is no JSON; expected a profile"),
+        ("[" * 100_000, "is no JSON"),
+        ("\ud800".encode("utf-8", "surrogatepass").decode("latin-1"), "is no JSON"),
+        ("[]", "is no profile; expected kind 'qwen-rt profile'"),
+        ('{"kind": "qwen-rt gate"}', "is no profile"),
+        ('{"kind": "qwen-rt profile", "schema": 9}', "has schema 9; expected 1; profile again"),
+        ('{"kind": "qwen-rt profile", "schema": 1}', "lacks 'profiles'"),
+        ('{"kind": "qwen-rt profile", "schema": 1, "profiles": [], "device": {}}', "damaged|lacks|has no profiles"),
+        ('{"kind": "qwen-rt profile", "schema": 1, "profiles": [7], "device": {}}', "is damaged"),
+        ('{"kind": "qwen-rt profile", "schema": 1, "profiles": [{"ops": []}], "device": {}}', "lacks 'step_range_us'"),
+        (" " * (MOST_BYTES + 1), "has more than 16 MiB"),
+    ],
+)
+def test_files_that_are_no_profile(text: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "profile.json"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError, match=words):
+        run(str(file))
+
+
+def test_a_saved_profile_is_not_measured(tmp_path: Path) -> None:
+    file = saved(tmp_path, profile())
+    with pytest.raises(UsageError, match=r"could not be read: No such file"):
+        run(str(tmp_path / "none.json"))
+    for option, wanted in (("json_file", "--json"), ("trace", "--trace")):
+        options: dict[str, Any] = {option: tmp_path / "new.json"}
+        with pytest.raises(UsageError, match=f"{wanted} .*new.json with .*; expected something to measure"):
+            run(str(file), **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]
