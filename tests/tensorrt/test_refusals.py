@@ -17,7 +17,7 @@ from qwen_rt.export.lower import lowered_graph
 from qwen_rt.export.portable import checkpoint_locations
 from qwen_rt.export.settings import QuantizeOptions
 from qwen_rt.export.source import open_source
-from qwen_rt.export.tensorrt import flavour, histogram
+from qwen_rt.export.tensorrt import builder, flavour, histogram
 from qwen_rt.export.tensorrt.flavour import load_flavour
 from qwen_rt.export.tensorrt.messages import reason_of
 from qwen_rt.export.tensorrt.network import parse
@@ -48,6 +48,20 @@ def test_a_dtype_without_a_kernel(nano_portable: Path, tmp_path: Path) -> None:
     with pytest.raises(GraphError) as caught:
         engine_build(nano_portable, tmp_path / "out", "fp32")
     _refused(caught.value, "/model/layers.0/self_attn/Attention: Attention operation was not supported", "--precision")
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.trt
+@needs_library
+def test_profiles_that_need_too_much_memory(
+    nano_portable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the library says of `--max-batch 100000`, put in the place of another refusal."""
+    said = "Error Code 2: OutOfMemory (Requested size was 68736402688 bytes.)"
+    monkeypatch.setattr(builder, "reason_of", lambda errors, layers=(): said)
+    with pytest.raises(UsageError) as caught:
+        engine_build(nano_portable, tmp_path / "out", "fp32")
+    _refused(caught.value, "asks for 68.7 GB to build this engine", "--max-batch, --prefill-tokens or --max-length")
     assert names(tmp_path) == set()
 
 
