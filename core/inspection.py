@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,32 @@ from qwen_rt.engine_card import CARD_FILE, ENGINE_TARGETS, EngineCard
 from qwen_rt.errors import BundleError, one_line
 from qwen_rt.ops import BLOCK_SIZE
 from qwen_rt.progress import format_count
+from qwen_rt.quantization import Scheme, part_name
+from qwen_rt.safetensors_header import BYTES_OF_DTYPE
 from qwen_rt.spec import ModelSpec
+from qwen_rt.strict_json import show
 
 __all__ = ["Inspection", "LayerRow", "inspect"]
 
-_LAYER = re.compile(r"layers\.(\d+)[./]")
-_ST_NAMES = {1: "F32", 10: "F16", 16: "BF16", 7: "I64", 6: "I32", 2: "U8", 3: "I8"}
+_LAYER = re.compile(r"layers\.([0-9]{1,9})[./]")
+_OUTSIDE = "outside"
+_ST_NAMES = {1: "F32", 10: "F16", 16: "BF16", 7: "I64", 6: "I32", 2: "U8", 3: "I8", 17: "F8_E4M3"}
+"""ONNX data type → safetensors dtype."""
+
 _TARGET_NOTES = {"cuda": "cuda (NVIDIA GPU of compute capability 8.0 or newer)"}
-_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "I8": 1}
 
 
 @dataclass
 class LayerRow:
-    """One row of the table: a decoder layer, or `outside` for embedding, final norm and head."""
+    """One row of the table: a decoder layer, or `outside` for embedding, final norm and head.
+
+    Attributes:
+        name: Number of the layer, or `outside`.
+        num_parameters: Elements of its parameters, whatever they are stored as.
+        nbytes: What is stored of them, scales and zero points of quantized matrices among it.
+        dtypes: safetensors dtypes of those stored as floats, formats of the quantized ones.
+        num_nodes: Nodes of the graph; 0 for a checkpoint.
+    """
 
     name: str
     num_parameters: int = 0
@@ -118,9 +132,9 @@ def _model_facts(spec: ModelSpec) -> dict[str, str]:
 
 def _inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     spec = checkpoint.spec
-    dtypes = {name: ref.dtype for name, ref in checkpoint.tensors.items()}
-    dtypes |= {name: matrix.format for name, matrix in checkpoint.quantized.items()}
-    rows = _rows(spec, dtypes, {name: matrix.nbytes for name, matrix in checkpoint.quantized.items()})
+    stored = {name: _Stored(ref.dtype, ref.nbytes) for name, ref in checkpoint.tensors.items()}
+    stored |= {name: _Stored(matrix.format, matrix.nbytes) for name, matrix in checkpoint.quantized.items()}
+    rows = list(_rows(spec, stored).values())
     facts = _model_facts(spec) | {"stored as": "+".join(sorted({d for row in rows for d in row.dtypes}))}
     layouts = Counter(str(matrix.layout) for matrix in checkpoint.quantized.values())
     if layouts:
@@ -166,25 +180,24 @@ def _inspect_bundle(bundle: Bundle) -> Inspection:
         graph = onnx.load_model(str(bundle.graph_file), load_external_data=False).graph
     except Exception as error:  # protobuf's DecodeError is not part of its public interface
         raise BundleError(f"{bundle.graph_file} is not an ONNX graph: {error}", fix="build the bundle again") from None
-    dtypes = {t.name: _ST_NAMES.get(t.data_type, str(t.data_type)) for t in graph.initializer}
-    rows = _rows(spec, {name: dtypes[name] for name in spec.parameters() if name in dtypes})
-    by_name = {row.name: row for row in rows}
-    for node in graph.node:
-        row = _row_name(_text(node.name))
-        if row not in by_name:
+    link, schemes = manifest.checkpoint, {} if manifest.quantization is None else manifest.quantization.weights
+    stored = _stored_by(graph, schemes, link.shards)
+    for name in [*stored, *(_text(node.name) for node in graph.node)]:
+        layer = _row_name(name)
+        if layer != _OUTSIDE and int(layer) >= spec.num_layers:
             raise BundleError(
-                f"{bundle.graph_file} has a node of layer {row}, the model has {spec.num_layers} layers",
+                f"{bundle.graph_file} has {show(name)} of layer {layer}, the model has {spec.num_layers} layers",
                 fix="build the bundle again",
             )
-        by_name[row].num_nodes += 1
+    by_name = _rows(spec, stored)
+    for node in graph.node:
+        by_name[_row_name(_text(node.name))].num_nodes += 1
     kv_bytes = spec.kv_bytes_per_token(manifest.kv_dtype)
     if manifest.kv_dtype in KV_DTYPES.values():
         kv_bytes += spec.kv_scale_bytes_per_token
-    link = manifest.checkpoint
     facts = _model_facts(spec) | {
         "target": f"{_TARGET_NOTES.get(manifest.target, manifest.target)}, tensor parallel {manifest.tensor_parallel}",
-        "weights": f"{manifest.precision}, {format_count(sum(row.nbytes for row in rows), 'B')}"
-        + (f", in {link.path}" if link.shards else ", in this folder"),
+        "weights": f"{manifest.precision}, {_places(stored.values(), link.path)}",
         "computes in": manifest.compute_dtype,
         "KV cache": f"{manifest.kv_dtype}, {format_count(kv_bytes, 'B')} a token, "
         f"{format_count(kv_bytes * manifest.max_length, 'B')} for {manifest.max_length} tokens"
@@ -195,29 +208,67 @@ def _inspect_bundle(bundle: Bundle) -> Inspection:
     files |= {f"{name} (in the checkpoint)": shard.nbytes for name, shard in link.shards.items()}
     operators = dict(Counter(_text(node.op_type) for node in graph.node).most_common())
     kind = "portable graph" if manifest.target == "portable" else "bundle"
-    return Inspection(kind, str(bundle.path), spec, facts, files, operators, rows)
+    return Inspection(kind, str(bundle.path), spec, facts, files, operators, list(by_name.values()))
 
 
-def _rows(
-    spec: ModelSpec, dtypes: Mapping[str, str], quantized_bytes: Mapping[str, int] | None = None
-) -> list[LayerRow]:
-    """Add up parameters and stored bytes; those of quantized matrices cannot be told from a dtype."""
-    rows = {name: LayerRow(name) for name in ("outside", *map(str, range(spec.num_layers)))}
-    for name, shape in spec.parameters().items():
-        if name not in dtypes:
+@dataclass(frozen=True)
+class _Stored:
+    """A stored tensor: `format` names its numbers, empty for a part of a matrix that is named elsewhere."""
+
+    format: str
+    nbytes: int
+    in_checkpoint: bool = False
+
+
+def _stored_by(graph: Any, schemes: Mapping[str, Scheme], shards: Collection[str]) -> dict[str, _Stored]:
+    """What a graph (`onnx.GraphProto`) refers to of the model, by name; bytes that have two names count once.
+
+    Constants that the exporter makes have names that begin with "/", and are left out.
+    """
+    parts = {part_name(name, part): part for name, scheme in schemes.items() for part in scheme.parts((1, 2))}
+    found: dict[str, _Stored] = {}
+    places: set[tuple[str, str]] = set()
+    for tensor in graph.initializer:
+        name, place = _text(tensor.name), {entry.key: entry.value for entry in tensor.external_data}
+        at = (str(place.get("location")), str(place.get("offset", "0")))
+        if name.startswith("/") or (place and at in places):
             continue
-        row, count = rows[_row_name(name)], 1
-        for dim in shape:
-            count *= dim
-        row.num_parameters += count
-        row.nbytes += (quantized_bytes or {}).get(name, count * _BYTES.get(dtypes[name], 0))
-        row.dtypes.add(dtypes[name])
-    return list(rows.values())
+        places.add(at)
+        dtype = _ST_NAMES.get(tensor.data_type, f"ONNX type {tensor.data_type}")
+        known = schemes[name].format if name in schemes else "" if name in parts else dtype
+        nbytes = BYTES_OF_DTYPE.get(dtype, 0) * math.prod(tensor.dims)
+        found[name] = _Stored(known, nbytes, at[0] in shards)
+    return found
+
+
+def _places(stored: Iterable[_Stored], checkpoint: str) -> str:
+    """How much there is, and where: in the bundle's folder, in the checkpoint, or some in each."""
+    total = [0, 0]
+    for tensor in stored:
+        total[tensor.in_checkpoint] += tensor.nbytes
+    own, linked = (format_count(size, "B") for size in total)
+    if not total[1]:
+        return f"{own}, in this folder"
+    return f"{linked}, in {checkpoint}" if not total[0] else f"{own} in this folder, {linked} in {checkpoint}"
+
+
+def _rows(spec: ModelSpec, stored: Mapping[str, _Stored]) -> dict[str, LayerRow]:
+    """Add up parameters and stored bytes, layer by layer."""
+    rows = {name: LayerRow(name) for name in (_OUTSIDE, *map(str, range(spec.num_layers)))}
+    parameters = spec.parameters()
+    for name, tensor in stored.items():
+        row = rows[_row_name(name)]
+        row.nbytes += tensor.nbytes
+        if name in parameters:
+            row.num_parameters += math.prod(parameters[name])
+        if tensor.format:
+            row.dtypes.add(tensor.format)
+    return rows
 
 
 def _row_name(name: str) -> str:
     found = _LAYER.search(name)
-    return found.group(1) if found else "outside"
+    return str(int(found.group(1))) if found else _OUTSIDE
 
 
 def _text(name: str | bytes) -> str:

@@ -106,7 +106,11 @@ class Fields:
 
 
 def inner_path(name: str, source: str) -> str:
-    """A relative path that stays inside the bundle."""
+    """Return `name` if it is a relative path that stays inside the bundle, as POSIX writes it.
+
+    Raises:
+        BundleError: It is not; the message begins with `source`.
+    """
     parts = PurePosixPath(name).parts
     if not parts or "\0" in name or name.startswith("/") or ".." in parts or str(PurePosixPath(name)) != name:
         raise BundleError(f"{source}: file name {show(name)}", "a relative path inside the bundle", REBUILD)
@@ -114,7 +118,11 @@ def inner_path(name: str, source: str) -> str:
 
 
 def plain_name(name: str, source: str) -> str:
-    """A file name without folders."""
+    """Return `name` if it is a file name without folders.
+
+    Raises:
+        BundleError: It is not; the message begins with `source`.
+    """
     if "/" in inner_path(name, source):
         raise BundleError(f"{source}: shard name {show(name)}", "a file name without folders", REBUILD)
     return name

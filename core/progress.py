@@ -28,7 +28,7 @@ def format_count(value: float, unit: Unit = "it") -> str:
     if unit != "B":
         return f"{value:.0f}" if value >= 10 or value == int(value) else f"{value:.1f}"
     for prefix in ("", "k", "M", "G"):
-        if value < 1000:
+        if round(value, 1 if prefix else 0) < 1000:  # what would read 1000.0 kB is 1.0 MB
             return f"{value:.0f} B" if not prefix else f"{value:.1f} {prefix}B"
         value /= 1000
     return f"{value:.1f} TB"

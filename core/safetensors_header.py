@@ -102,7 +102,11 @@ class ShardHeader:
 
 @contextlib.contextmanager
 def read_errors(path: Path) -> Iterator[None]:
-    """Turn what the operating system refuses while `path` is read into a one-line `StorageError`."""
+    """Turn what the operating system refuses while `path` is read into one line.
+
+    Raises:
+        StorageError: For every `OSError`, and for a `ValueError`, as a path with a NUL byte gives.
+    """
     try:
         yield
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path, an empty file to map

@@ -25,6 +25,7 @@ import logging
 import os
 import re
 import secrets
+import shlex
 import shutil
 import stat
 from pathlib import Path
@@ -70,7 +71,7 @@ class AtomicFile:
 
     The bytes go to a hidden file in the same folder, which is synced and renamed when the block ends well, and removed
     when it does not. A symbolic link is followed: its target is replaced, the link stays. An existing file keeps its
-    permissions.
+    permissions, where the file system has any.
 
     Args:
         path: The file to write; its folder must exist.
@@ -93,7 +94,8 @@ class AtomicFile:
             fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             self._file = os.fdopen(fd, "wb", buffering=1 << 20)
             if found is not None:
-                os.fchmod(fd, stat.S_IMODE(found))
+                with contextlib.suppress(OSError):  # FAT and some network file systems have no permissions to keep
+                    os.fchmod(fd, stat.S_IMODE(found))
             return self._file
 
     def __exit__(
@@ -253,7 +255,9 @@ class StagedDirectory:
         if not final.name:
             raise StorageError(f"{final} cannot be built or replaced", "a folder below it", "choose another path")
         if not final.parent.is_dir():
-            raise StorageError(f"{final.parent} is not a folder", "an existing folder", f"run mkdir -p {final.parent}")
+            in_the_way = any(os.path.lexists(path) and not path.is_dir() for path in final.parents)
+            fix = "choose another path" if in_the_way else f"run mkdir -p {shlex.quote(str(final.parent))}"
+            raise StorageError(f"{final.parent} is not a folder", "an existing folder", fix)
         if not final.exists():
             return
         if not final.is_dir():

@@ -7,7 +7,7 @@ against the largest magnitude of the reference, because single logits may be nea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -241,7 +241,7 @@ activations, mean 3e-3): the largest of many errors where the text is not what n
 hangs on little."""
 
 
-def verify_quantized(formats: Iterable[str], kv_format: str | None, activations: str) -> VerifyTolerance:
+def verify_quantized(formats: Collection[str], kv_format: str | None, activations: str) -> VerifyTolerance:
     """What `qwen-rt verify` demands of a quantized bundle against its source.
 
     KL and confident top-1 are the gate's, and a tenth of a nat and two positions in a hundred more where activations

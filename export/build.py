@@ -28,7 +28,7 @@ from qwen_rt.bundle import (
     file_sha256,
 )
 from qwen_rt.disk import device_error
-from qwen_rt.errors import StorageError, VerificationError
+from qwen_rt.errors import CheckpointError, StorageError, VerificationError
 from qwen_rt.export.lower import graph_bytes, lowered_graph
 from qwen_rt.export.portable import QuantizedLocation, WeightLocation, checkpoint_locations, portable_graph
 from qwen_rt.export.quantize.check import check_weights
@@ -71,7 +71,7 @@ def build(source: str | Path, out: str | Path, options: BuildOptions | None = No
 
     Raises:
         UsageError: An option that does not fit the model.
-        CheckpointError, UnsupportedModelError: The checkpoint cannot be read or run.
+        CheckpointError, UnsupportedModelError: The checkpoint cannot be read or run, or was changed meanwhile.
         StorageError: The folder cannot be written. As after any error but the next, nothing of it stays.
         VerificationError: The gate failed. What was written stays beside `out`, so that a build without the gate only
             has to finish it.
@@ -79,7 +79,7 @@ def build(source: str | Path, out: str | Path, options: BuildOptions | None = No
     options = options or BuildOptions()
     opened = open_source(source)
     settings = settle(opened.checkpoint, options)
-    _refuse_overlap(opened, Path(out))
+    _refuse_overlap(opened, options.quantize, Path(out))
     with StagedDirectory(Path(out), overwrite=options.overwrite) as stage:
         try:
             manifest = _Job(opened, settings, stage.path).run()
@@ -95,14 +95,20 @@ def build(source: str | Path, out: str | Path, options: BuildOptions | None = No
     return manifest
 
 
-def _refuse_overlap(source: Source, out: Path) -> None:
-    """Refuse to replace what the build reads, or what the bundle would refer to."""
+def _refuse_overlap(source: Source, quantize: QuantizeOptions, out: Path) -> None:
+    """Refuse to replace what the build reads, what the bundle would refer to, or what is written beside it."""
     target = out.resolve()
-    read = [source.checkpoint.path, *(header.path for header in source.checkpoint.headers)]
-    inside = next((path for path in read if path.absolute().is_relative_to(target) or _lies_in(path, target)), None)
-    if inside is not None:
-        raise StorageError(f"{out} holds {inside}, which is read", "a folder of its own", "choose another --output")
-    for path in read:
+    referred = [source.checkpoint.path, *(header.path for header in source.checkpoint.headers)]
+    written = [] if quantize.write_overrides is None else [quantize.write_overrides]
+    for what, paths in (("read", [*referred, *quantize.files()]), ("written", written)):
+        inside = next(
+            (path for path in paths if path.absolute().is_relative_to(target) or _lies_in(path, target)), None
+        )
+        if inside is not None:
+            raise StorageError(
+                f"{out} holds {inside}, which is {what}", "a folder of its own", "choose another --output"
+            )
+    for path in referred:
         try:
             str(path).encode("utf-8")
         except UnicodeEncodeError:
@@ -121,6 +127,7 @@ class _Job:
         self.files: dict[str, FileEntry] = {}
         self.engines = None if settings.engine is None else EngineJob(self.checkpoint, settings, stage)
         self.tools = _tool_versions() | ({} if self.engines is None else self.engines.tools())
+        self.inputs = self._inputs()  # before anything is read: what changes meanwhile must not pass for what was read
         self.reusable: dict[str, FileEntry] = self._open_journal()
 
     def run(self) -> Manifest:
@@ -167,6 +174,7 @@ class _Job:
             quantization=None if prepared is None else self._quantization(prepared),
             gate=gate,
         )
+        self._refuse_changes()
         self._sweep()
         atomic_write_bytes(self.stage / MANIFEST_FILE, manifest.to_json())
         (self.stage / _JOURNAL).unlink()
@@ -189,7 +197,7 @@ class _Job:
         if settings.target == "portable":
             return []
         if prepared is not None:
-            return pieces_of(checkpoint, prepared, settings.target, settings.self_contained)
+            return pieces_of(checkpoint, prepared, settings.target, settings.precision, settings.self_contained)
         stored, rows = PRECISIONS[settings.precision], CheckpointRows(checkpoint)
         return [
             float_piece(rows, name, stored)
@@ -326,8 +334,20 @@ class _Job:
             "settings": {
                 k: str(v) for k, v in vars(self.settings).items() if k not in ("quiet", "gate", "num_workers")
             },
-            "texts": [file_sha256(file) for file in self.settings.quantize.files()],
+            "texts": [_readable_sha256(file) for file in self.settings.quantize.files()],
         }
+
+    def _refuse_changes(self) -> None:
+        """Refuse to finish a bundle of two states of its source.
+
+        Raises:
+            CheckpointError: A file was changed while the build ran.
+        """
+        now = self._inputs()
+        if now != self.inputs:
+            pairs = zip(self.inputs["sources"], now["sources"], strict=False)
+            file = next((before[0] for before, after in pairs if before != after), "a file that the build reads")
+            raise CheckpointError(f"{file} was changed while the build ran", "a source at rest", "run the build again")
 
     def _sources(self) -> list[Path]:
         """Every file that is copied or converted."""
@@ -340,7 +360,7 @@ class _Job:
         found: dict[str, FileEntry] = {}
         try:
             journal = json.loads(path.read_bytes())
-            if journal["inputs"] == self._inputs():
+            if journal["inputs"] == self.inputs:
                 found = {name: FileEntry(int(nbytes), str(sha)) for name, (nbytes, sha) in journal["files"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass
@@ -351,11 +371,19 @@ class _Job:
 
     def _write_journal(self) -> None:
         files = {name: [entry.nbytes, entry.sha256] for name, entry in (self.reusable | self.files).items()}
-        atomic_write_bytes(self.stage / _JOURNAL, json.dumps({"inputs": self._inputs(), "files": files}).encode())
+        atomic_write_bytes(self.stage / _JOURNAL, json.dumps({"inputs": self.inputs, "files": files}).encode())
 
 
 def _tool_versions() -> dict[str, str]:
     return {"qwen-rt": __version__} | {tool: metadata.version(tool) for tool in _TOOLS}
+
+
+def _readable_sha256(file: Path) -> str | None:
+    """The hash of a file; None if it cannot be read, of which whoever needs it tells."""
+    try:
+        return file_sha256(file)
+    except OSError:
+        return None
 
 
 def _moved(place: WeightLocation, file: Path) -> WeightLocation:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from qwen_rt.checkpoint import Checkpoint
+from qwen_rt.engine_card import ENGINE_TARGETS
 from qwen_rt.errors import GraphError
 from qwen_rt.export.passes.lower_cpu import lower_cpu
 from qwen_rt.export.passes.lower_cuda import check_cuda_shapes, lower_cuda
@@ -29,13 +30,10 @@ from qwen_rt.spec import ModelSpec
 if TYPE_CHECKING:
     from qwen_rt.export.quantize.kv import KvPlan
 
-__all__ = ["COMPUTE_DTYPES", "TENSORRT_TARGETS", "cuda_graph_bytes", "graph_bytes", "lowered_graph"]
+__all__ = ["COMPUTE_DTYPES", "cuda_graph_bytes", "graph_bytes", "lowered_graph"]
 
 COMPUTE_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 """Target → dtype of its activations and its KV cache; the other targets let one choose."""
-
-TENSORRT_TARGETS = ("tensorrt", "tensorrt-rtx")
-"""Targets with the graph of `lower_tensorrt`, which is the same for both."""
 
 _WHOLE = Shard()
 
@@ -56,7 +54,7 @@ def lowered_graph(
 
     Args:
         checkpoint: The model.
-        target: A key of `COMPUTE_DTYPES`, or one of `TENSORRT_TARGETS`.
+        target: A key of `COMPUTE_DTYPES`, or one of `engine_card.ENGINE_TARGETS`, which share a graph.
         max_length: Positions that the graph can reach.
         locations: Where each parameter's bytes lie, in the dtype in which the target wants them stored.
         exported: A portable graph of this model, to be taken instead of tracing one; changed in place.
@@ -80,7 +78,7 @@ def lowered_graph(
     model = portable_graph(checkpoint, "float32", locations, exported, quantized)
     if target == "cuda":
         model = lower_cuda(model, checkpoint.spec, max_length, quantized, kv)
-    elif target in TENSORRT_TARGETS:
+    elif target in ENGINE_TARGETS:
         model = lower_tensorrt(model, checkpoint.spec, max_length, dtype, quantized, kv, shard)
     else:
         model = lower_cpu(model, checkpoint.spec, max_length, quantized, activations, kv)

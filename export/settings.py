@@ -10,6 +10,7 @@ from qwen_rt.checkpoint import Checkpoint
 from qwen_rt.engine_card import ENGINE_TARGETS
 from qwen_rt.errors import UsageError
 from qwen_rt.export.lower import COMPUTE_DTYPES
+from qwen_rt.export.passes.lower_cpu import check_cpu_shapes
 from qwen_rt.export.passes.lower_cuda import check_cuda_shapes
 from qwen_rt.export.tensorrt.options import EngineOptions, settle_engine
 from qwen_rt.quantization import FORMATS, KV_FORMATS
@@ -122,13 +123,15 @@ def settle(checkpoint: Checkpoint, options: BuildOptions) -> Settings:
 
     Raises:
         UsageError: Options that do not fit the model or each other.
-        UnsupportedModelError: A shape that the target's kernels do not take.
+        UnsupportedModelError: A shape that the target's operators or kernels do not take.
     """
     spec = checkpoint.spec
     if options.target not in TARGETS:
         raise UsageError(f"target={options.target}", "one of " + ", ".join(TARGETS))
     if options.target == "cuda":
         check_cuda_shapes(spec)
+    if options.target == "cpu":
+        check_cpu_shapes(spec, options.quantize.kv_cache)
     precision = _precision(checkpoint, options)
     _check_quantize(options.quantize, precision, options.target)
     is_engine = options.target in ENGINE_TARGETS

@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qwen_rt.errors import UsageError
-from qwen_rt.export.passes.decoder import EMBEDDING, HEAD
+from qwen_rt.export.passes.decoder import HEAD, head_name
 from qwen_rt.spec import ModelSpec
 
 __all__ = ["TP_SIZES", "Part", "Span", "check_tp", "parameter_parts"]
@@ -106,8 +106,7 @@ def parameter_parts(spec: ModelSpec, tp: int, ffn: int) -> dict[str, Part]:
             found[name] = Part(name, (Span(0, hidden, everyone),), num_columns=size // tp)
         else:
             found[name] = Part(name, (Span(0, shape[0], everyone),))
-    head = EMBEDDING if spec.tie_word_embeddings else HEAD
-    return found | {HEAD: Part(head, _dealt(spec.vocab_size, -(-spec.vocab_size // tp), tp))}
+    return found | {HEAD: Part(head_name(spec), _dealt(spec.vocab_size, -(-spec.vocab_size // tp), tp))}
 
 
 def _kv_spans(spec: ModelSpec, tp: int) -> tuple[Span, ...]:

@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qwen_rt import tensors
 from qwen_rt.export.modeling import OPSET, Qwen2ForCausalLM
+from qwen_rt.export.passes.decoder import EMBEDDING, HEAD
 from qwen_rt.spec import ModelSpec
 
 __all__ = ["IR_VERSION", "TORCH_DTYPES", "trace_single_layer"]
@@ -130,8 +131,8 @@ def _simplify(model: ir.Model) -> None:
 def _tie_head(model: ir.Model, spec: ModelSpec) -> None:
     """With tied embeddings the head multiplies by the embedding itself, as the checkpoint stores it once."""
     if spec.tie_word_embeddings:
-        head = model.graph.initializers.pop("lm_head.weight")
-        head.replace_all_uses_with(model.graph.initializers["model.embed_tokens.weight"])
+        head = model.graph.initializers.pop(HEAD)
+        head.replace_all_uses_with(model.graph.initializers[EMBEDDING])
 
 
 def _module_path(node: ir.Node) -> str:

@@ -186,6 +186,9 @@ def float_piece(source: RowSource, name: str, dtype: str, stored_name: str | Non
         name: Which one.
         dtype: safetensors dtype to store: `F32`, `BF16` or `F16`.
         stored_name: Name in the file; None for the same.
+
+    Raises:
+        UsageError: A finite number beyond float16; as the bytes are made.
     """
     shape, target = source.shape(name), NUMPY_DTYPES[dtype]
 
@@ -208,7 +211,16 @@ def float_piece(source: RowSource, name: str, dtype: str, stored_name: str | Non
 
 
 def copy_file(source: Path, target: Path, advance: Callable[[int], object] | None = None) -> FileEntry:
-    """Copy a file in blocks; it appears under its name when whole. Returns size and hash."""
+    """Copy a file in blocks of 8 MiB; it appears under its name when whole.
+
+    Args:
+        source: What to copy; a symbolic link is followed.
+        target: Where to; an existing file is replaced.
+        advance: Told the bytes of each block.
+
+    Returns:
+        Size and hash, for the manifest.
+    """
     digest, nbytes = hashlib.sha256(), 0
     with source.open("rb") as reader, AtomicFile(target) as writer:
         while block := reader.read(8 << 20):

@@ -163,7 +163,10 @@ class Tokenizer:
 
     def token_to_id(self, token: str) -> int | None:
         """Return the id of a token, in the vocabulary's own spelling (``"Ġthe"``, ``"<|im_end|>"``), or None."""
-        token_id: int | None = self._backend.token_to_id(token)
+        try:
+            token_id: int | None = self._backend.token_to_id(token)
+        except UnicodeEncodeError:  # a lone surrogate, as bytes of a command line that are not UTF-8 come
+            return None
         return token_id
 
     def id_to_token(self, token_id: int) -> str | None:

@@ -125,7 +125,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     if len(rest) == 1 + escaped and (escaped or not rest[0].startswith("-")) and missing is not None:
         setattr(args, missing, rest[-1])
     elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        command = parser.prog if args.command is None else f"{parser.prog} {args.command}"
+        raise UsageError(f"unrecognized arguments: {' '.join(rest)}", fix=f"see {command} --help")
     return args
 
 

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
                 import readline  # noqa: F401  # line editing and recall for input()
             print("Type a message; /reset, /history, /exit. Ctrl-C stops an answer.", file=sys.stderr)
         suffix = BOXED if args.boxed else ""
-        return converse(llm, args.system, suffix, overrides, between_tokens=llm.bundle.manifest.target == "cuda")
+        return converse(llm, args.system, suffix, overrides, between_tokens=llm.bundle.manifest.target != "cpu")
 
 
 def converse(

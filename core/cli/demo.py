@@ -17,6 +17,7 @@ HELP = "build the shipped nano model and let it solve a problem"
 EPILOG = """\
 example:
   qwen-rt demo
+  qwen-rt demo --output /tmp/nano-cpu
 """
 
 QUESTION = "Grace buys 23 cards at $6 each and pays with $200. How much change does Grace get?"
@@ -25,7 +26,10 @@ ANSWER = "62"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `qwen-rt demo`."""
-    parser.add_argument("--output", type=Path, default=Path("demo/nano-cpu"), help="bundle to make (demo/nano-cpu)")
+    default = Path("demo/nano-cpu")
+    parser.add_argument(
+        "--output", metavar="FOLDER", type=Path, default=default, help=f"bundle to make or replace (default: {default})"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `qwen-rt generate`."""
     parser.add_argument("bundle", metavar="BUNDLE", help="folder that `qwen-rt build` wrote")
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the prompt (default: stdin)")
-    parser.add_argument("--file", type=Path, help="one prompt a line")
+    parser.add_argument(
+        "--file", type=Path, metavar="FILE", help="UTF-8 text, one prompt a line; empty lines are skipped"
+    )
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     parser.add_argument("--boxed", action="store_true", help="ask for reasoning and a boxed answer, as Qwen2-Math does")
     parser.add_argument("--system", metavar="TEXT", help="system message (default: the template's own)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from qwen_rt import tensors
 from qwen_rt.errors import GraphError
 from qwen_rt.export.passes.graph_tools import insert, prune, replace_value
 
@@ -54,7 +55,7 @@ def set_compute_dtype(model: ir.Model, dtype: str) -> ir.Model:
             if output.dtype in present and not output.is_graph_output():
                 output.dtype = target
     for value in (*graph.inputs, *graph.outputs):
-        if value.dtype in present and value.name != "logits":
+        if value.dtype in present and value.name != tensors.LOGITS:
             value.dtype = target
     for gather in graph:
         table = gather.inputs[0] if gather.op_type == "Gather" else None

@@ -9,9 +9,14 @@ from qwen_rt import tensors
 from qwen_rt.export.passes.matcher import GraphMatcher
 from qwen_rt.spec import ModelSpec
 
-__all__ = ["match_decoder"]
+__all__ = ["EMBEDDING", "HEAD", "head_name", "match_decoder"]
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def head_name(spec: ModelSpec) -> str:
+    """Name of the parameter that makes the logits: of a tied model the embeddings."""
+    return EMBEDDING if spec.tie_word_embeddings else HEAD
 
 
 def match_decoder(model: ir.Model, spec: ModelSpec) -> dict[str, ir.Value]:
@@ -59,8 +64,7 @@ class _DecoderMatcher(GraphMatcher):
 
     def _head(self, logits: ir.Value) -> ir.Value:
         """Hidden ── GatherND(logits_indices) ── RMSNormalization ── product ── [Cast] ── logits."""
-        head = EMBEDDING if self.spec.tie_word_embeddings else HEAD
-        normed = self._linear(self.skip_cast(logits), head)
+        normed = self._linear(self.skip_cast(logits), head_name(self.spec))
         chosen = self._norm(normed, "model.norm.weight")
         gather = self.node(chosen, "GatherND", 2, {"batch_dims": 1})
         rows = self.node(gather.inputs[1], "Unsqueeze", 2)

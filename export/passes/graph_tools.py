@@ -12,6 +12,7 @@ from qwen_rt.errors import GraphError
 
 __all__ = [
     "constant",
+    "inline_value",
     "insert",
     "known_constant",
     "made_by",
@@ -66,10 +67,14 @@ def insert(
 def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """The initializer `name`, made on first use."""
     if name not in graph.initializers:
-        tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
-        graph.initializers[name] = value
+        graph.initializers[name] = inline_value(name, array)
     return graph.initializers[name]
+
+
+def inline_value(name: str, array: np.ndarray) -> ir.Value:
+    """An initializer whose elements lie in the graph itself."""
+    tensor = ir.tensor(array, name=name)
+    return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
 
 
 def known_constant(value: ir.Value | None) -> np.ndarray | None:

@@ -9,6 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qwen_rt.export.passes.graph_tools import inline_value
+
 __all__ = ["Attributes", "GraphWriter", "Shape", "graph_input"]
 
 Shape = Sequence[Any]
@@ -55,10 +57,7 @@ class GraphWriter:
     def constant(self, name: str, array: NDArray[Any]) -> ir.Value:
         """The initializer of that name, which lies in the graph itself; made on first use."""
         if name not in self.initializers:
-            tensor = ir.tensor(array, name=name)
-            made = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
-            made.const_value = tensor
-            self.initializers[name] = made
+            self.initializers[name] = inline_value(name, array)
         return self.initializers[name]
 
     def stored(self, tensor: ir.TensorProtocol) -> ir.Value:

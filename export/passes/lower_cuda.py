@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from qwen_rt import tensors
 from qwen_rt.errors import GraphError, UnsupportedModelError
 from qwen_rt.export.passes.decoder import EMBEDDING, HEAD, match_decoder
+from qwen_rt.export.passes.graph_tools import inline_value
+from qwen_rt.export.passes.graph_writer import graph_input
 from qwen_rt.export.passes.plugin_node import OPSET_VERSION, plugin_node
 from qwen_rt.export.portable import QuantizedLocation, external_value
 from qwen_rt.ops import BLOCK_SIZE, DOMAIN, KV_CACHE_FORMATS, WEIGHT_FORMATS
@@ -103,7 +104,9 @@ def lower_cuda(
     weights = {name: _weight(name, value) for name, value in matched.items() if name not in places}
     if kv is not None:
         left = {name: array for name, array in kv.tensors().items() if name in weights}
-        weights |= {name: _inline(name, array.astype(ir.DataType.BFLOAT16.numpy())) for name, array in left.items()}
+        weights |= {
+            name: inline_value(name, array.astype(ir.DataType.BFLOAT16.numpy())) for name, array in left.items()
+        }
     lowered = _Emitter(spec, max_length, weights, {name: Matrix.of(name, at) for name, at in places.items()}, kv).run()
     _check_ops(lowered, spec.num_layers)
     return lowered
@@ -114,12 +117,6 @@ def _weight(name: str, value: ir.Value) -> ir.Value:
     if value.dtype != ir.DataType.BFLOAT16:
         raise GraphError(f"weight {name} is stored as {value.dtype}", "BFLOAT16", "build with --precision bf16")
     return ir.Value(name=name, type=value.type, shape=value.shape, const_value=value.const_value)
-
-
-def _inline(name: str, array: NDArray[Any]) -> ir.Value:
-    """An initializer that lies in the graph."""
-    tensor = ir.tensor(array, name=name)
-    return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
 
 
 @dataclass(frozen=True)
@@ -133,10 +130,6 @@ class Matrix:
     def of(cls, name: str, place: QuantizedLocation) -> Matrix:
         """The initializers on the bytes of a stored matrix."""
         return cls(place.scheme, {part: external_value(part_name(name, part), at) for part, at in place.parts.items()})
-
-
-def _graph_input(name: str, dtype: ir.DataType, *shape: int | str) -> ir.Value:
-    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
 
 
 class _Emitter:
@@ -156,22 +149,22 @@ class _Emitter:
         self.cache_shape = ("blocks", spec.num_kv_heads, BLOCK_SIZE, spec.head_dim)
         i32, i64, f32 = ir.DataType.INT32, ir.DataType.INT64, ir.DataType.FLOAT
         edges = [
-            _graph_input(tensors.INPUT_IDS, i64, "R"),
-            _graph_input(tensors.POSITIONS, i64, "R"),
-            _graph_input(tensors.QUERY_STARTS, i32, "B + 1"),
-            _graph_input(tensors.BLOCK_TABLES, i32, "B", "max_blocks"),
-            _graph_input(tensors.LOGITS_INDICES, i64, "B"),
-            _graph_input(tensors.WORKSPACE, ir.DataType.UINT8, "W"),
+            graph_input(tensors.INPUT_IDS, i64, "R"),
+            graph_input(tensors.POSITIONS, i64, "R"),
+            graph_input(tensors.QUERY_STARTS, i32, "B + 1"),
+            graph_input(tensors.BLOCK_TABLES, i32, "B", "max_blocks"),
+            graph_input(tensors.LOGITS_INDICES, i64, "B"),
+            graph_input(tensors.WORKSPACE, ir.DataType.UINT8, "W"),
         ]
         cache = ir.DataType.BFLOAT16 if kv is None else _CACHE_DTYPES[kv.kv_format]
         caches: list[ir.Value] = []
         for layer in range(spec.num_layers):
-            caches += [_graph_input(name(layer), cache, *self.cache_shape) for name in _POOLS[0]]
+            caches += [graph_input(name(layer), cache, *self.cache_shape) for name in _POOLS[0]]
             if kv is not None:
-                caches += [_graph_input(name(layer), f32, *self.cache_shape[:-1]) for name in _SCALES[0]]
+                caches += [graph_input(name(layer), f32, *self.cache_shape[:-1]) for name in _SCALES[0]]
         self.inputs = {str(value.name): value for value in (*edges, *caches)}
         name = "/model/rotary_emb/inv_freq"
-        self.inv_freq = _inline(name, spec.rope.inv_freq(spec.head_dim).astype(np.float32))
+        self.inv_freq = inline_value(name, spec.rope.inv_freq(spec.head_dim).astype(np.float32))
 
     def run(self) -> ir.Model:
         spec = self.spec
@@ -282,7 +275,7 @@ class _Emitter:
         """Offsets of a layer's cache, as inputs of its attention; none where they are zero."""
         plan = kv.layers[layer]
         found = {
-            key: _inline(name, offset)
+            key: inline_value(name, offset)
             for key, name, offset in (
                 ("k_offset", key_offset_name(layer), plan.key_offset),
                 ("v_offset", value_offset_name(layer), plan.value_offset),

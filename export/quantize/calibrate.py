@@ -33,9 +33,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen_rt.errors import CheckpointError
-from qwen_rt.export.passes.decoder import HEAD
+from qwen_rt.export.passes.decoder import HEAD, head_name
 from qwen_rt.export.quantize.balance import Balance, Limits, UnitInputs, choose_balance, sample_rows
-from qwen_rt.export.quantize.forward import Forward, head_name, matrix_names
+from qwen_rt.export.quantize.forward import Forward, matrix_names
 from qwen_rt.export.quantize.pieces import MatrixEdit
 from qwen_rt.export.quantize.texts import Texts, cut_texts, evenly
 from qwen_rt.progress import track

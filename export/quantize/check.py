@@ -34,6 +34,13 @@ def check_weights(
         stage: The folder that the weights' places are relative to, where they are not absolute.
         locations: Where every parameter and part lies.
         quiet: No progress.
+
+    Returns:
+        Errors and verdict; what is out of limits is told by the result, not raised.
+
+    Raises:
+        CheckpointError: A parameter is missing or of another shape, or tokenizer.json is malformed.
+        StorageError: A file cannot be read.
     """
     refs = {
         name: TensorRef(name, place.dtype, place.shape, stage / place.file, place.offset, place.nbytes)

@@ -43,11 +43,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from qwen_rt.errors import CheckpointError, UsageError
+from qwen_rt.export.passes.decoder import EMBEDDING, head_name
 from qwen_rt.quantization import fake_quantize_kv, key_offset_name, value_offset_name
 from qwen_rt.row_reader import RowSource
 from qwen_rt.spec import ModelSpec
 
-__all__ = ["UNITS", "Block", "Forward", "LayerPass", "head_name", "matrix_names", "multiply", "read_blocks"]
+__all__ = ["UNITS", "Block", "Forward", "LayerPass", "matrix_names", "multiply", "read_blocks"]
 
 UNITS: Mapping[str, tuple[str, ...]] = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -71,11 +72,6 @@ no other thread uses, and blocks would pile up in them."""
 def matrix_names(layer: int, unit: str) -> tuple[str, ...]:
     """Names of a unit's matrices, as the checkpoint has them."""
     return tuple(f"model.layers.{layer}.{name}.weight" for name in UNITS[unit])
-
-
-def head_name(spec: ModelSpec) -> str:
-    """Name of the matrix that makes the logits."""
-    return "model.embed_tokens.weight" if spec.tie_word_embeddings else "lm_head.weight"
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,8 +191,7 @@ class Forward:
             found = f"from {ids.min()} to {ids.max()}" if ids.size else "none"
             raise UsageError(f"token ids {found}", f"some of 0 to {self.spec.vocab_size - 1}")
         distinct, places = np.unique(ids, return_inverse=True)
-        name = "model.embed_tokens.weight"
-        table = np.concatenate([self.rows.rows(name, i, i + 1) for i in distinct.tolist()])
+        table = np.concatenate([self.rows.rows(EMBEDDING, i, i + 1) for i in distinct.tolist()])
         return torch.from_numpy(table[places.reshape(ids.shape)])
 
     def layer(self, index: int, hidden: Tensor) -> LayerPass:

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen_rt.errors import CheckpointError
+from qwen_rt.export.passes.decoder import EMBEDDING, HEAD, head_name
 from qwen_rt.export.quantize.folds import LayerFolds
-from qwen_rt.export.quantize.forward import Forward, LayerPass, head_name, read_blocks
+from qwen_rt.export.quantize.forward import Forward, LayerPass, read_blocks
 from qwen_rt.export.quantize.tensor_check import MatrixCheck, mean_relative_error
 from qwen_rt.gate_result import GateResult, LayerError, TensorError
 from qwen_rt.progress import progress
@@ -40,7 +41,6 @@ __all__ = ["CONFIDENT", "LogitErrors", "compare_logits", "run_gate"]
 CONFIDENT = 0.5
 """Probability of the source's best token from which on a position is confident: no other token can be as likely."""
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _MAX_FAILURES = 8
 _POSITIONS_AT_ONCE = 16  # of logits in float64
 
@@ -141,9 +141,9 @@ class _Gate:
 
     def embedding(self, hidden: Sequence[Tensor]) -> TensorError:
         """Error of the embeddings that were looked up: f32[T, C] of both."""
-        scheme = self.schemes.get(_EMBEDDING)
+        scheme = self.schemes.get(EMBEDDING)
         limit = gate_limit(scheme, self.spec.hidden_size)
-        return TensorError(_EMBEDDING, str(scheme or "kept"), _relative(hidden[1], hidden[0]), limit)
+        return TensorError(EMBEDDING, str(scheme or "kept"), _relative(hidden[1], hidden[0]), limit)
 
     def layer(self, index: int, hidden: Sequence[Tensor]) -> tuple[list[Tensor], list[TensorError]]:
         """Run a layer of both; hidden: f32[T, C] of source and quantized."""
@@ -166,7 +166,7 @@ class _Gate:
         norms = [forward.vector(name) for forward in self.forwards]
         error = _vector_error(name, norms[1], norms[0])
         inputs = [forward.final_norm(state) for forward, state in zip(self.forwards, hidden, strict=True)]
-        stored = _HEAD if _HEAD in self.schemes else head_name(self.spec)  # of a tied model it may be stored apart
+        stored = HEAD if HEAD in self.schemes else head_name(self.spec)  # of a tied model it may be stored apart
         rows = [
             _Renamed(rows, stored, named) for rows, named in zip(self.rows, (head_name(self.spec), stored), strict=True)
         ]

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from qwen_rt.errors import UsageError
-from qwen_rt.export.passes.decoder import HEAD
-from qwen_rt.export.quantize.forward import UNITS, head_name, matrix_names
+from qwen_rt.export.passes.decoder import HEAD, head_name
+from qwen_rt.export.quantize.forward import UNITS, matrix_names
 from qwen_rt.export.quantize.sensitivity import Sensitivity
 from qwen_rt.export.quantize.texts import cut_texts
 from qwen_rt.progress import format_count, track

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen_rt.bundle import MIXED
+from qwen_rt.bundle import MIXED, PRECISIONS
 from qwen_rt.checkpoint import Checkpoint
 from qwen_rt.errors import UnsupportedModelError
-from qwen_rt.export.passes.decoder import EMBEDDING, HEAD
+from qwen_rt.export.passes.decoder import EMBEDDING, HEAD, head_name
 from qwen_rt.export.portable import QuantizedLocation, WeightLocation
 from qwen_rt.export.quantize.calibrate import calibrate
 from qwen_rt.export.quantize.forward import UNITS, matrix_names
@@ -25,6 +25,7 @@ from qwen_rt.export.settings import FROM_CHECKPOINT, QuantizeOptions
 from qwen_rt.export.weights import Piece, float_piece
 from qwen_rt.quantization import FORMATS, Scheme, part_name
 from qwen_rt.row_reader import CheckpointRows, RowSource
+from qwen_rt.safetensors_header import BYTES_OF_DTYPE
 from qwen_rt.spec import ModelSpec
 from qwen_rt.storage import atomic_write_bytes
 
@@ -84,14 +85,15 @@ def prepare(
 
     Args:
         checkpoint: The model.
-        precision: `fp8`, `int8` or `int4`, or one of floats: then matrices stay as they are, but for `stored` ones.
+        precision: `fp8`, `int8` or `int4`, `FROM_CHECKPOINT` for matrices as they are stored, or one of floats.
         options: The rest.
-        target: `cpu` or `cuda`.
+        target: Any but `portable`, as in `BuildOptions`.
         quiet: No progress.
 
     Raises:
         UsageError: Options that do not fit the model or each other.
         CheckpointError: Weights that cannot be quantized.
+        UnsupportedModelError: Matrices of the checkpoint that target `cuda` does not take as they are stored.
     """
     rows, spec = CheckpointRows(checkpoint), checkpoint.spec
     report: dict[str, Any] = {}
@@ -112,8 +114,11 @@ def prepare(
         schemes = plan_schemes(spec, wanted)
         if options.size_budget is not None:
             tokens = _texts(checkpoint, options) or [gate_tokens(checkpoint.path, spec)[0]]
-            base, head = schemes[layer_matrices(spec)[0]], schemes.get(HEAD)
-            mixed = choose_mixed(rows, spec, tokens, base, options.size_budget, head_scheme=head, quiet=quiet)
+            base, head = schemes[layer_matrices(spec)[0]], schemes.get(HEAD, schemes.get(head_name(spec)))
+            width = _float_bytes(checkpoint, target)
+            mixed = choose_mixed(
+                rows, spec, tokens, base, options.size_budget, head_scheme=head, float_bytes=width, quiet=quiet
+            )
             schemes |= {name: scheme for name, scheme in mixed.schemes.items() if scheme is not None}
             for name in [name for name, scheme in mixed.schemes.items() if scheme is None]:
                 del schemes[name]
@@ -124,7 +129,8 @@ def prepare(
     vectors: dict[str, NDArray[np.float32]] = {}
     hidden = None
     if texts := _texts(checkpoint, options):
-        found = calibrate(rows, spec, texts, schemes, quiet=quiet)
+        own = {name: scheme for name, scheme in schemes.items() if name not in stored}  # no stored number may change
+        found = calibrate(rows, spec, texts, own, quiet=quiet)
         edits, vectors, hidden = found.edits, found.vectors, found.hidden
         report["calibration"] = {"ranges": found.ranges, **found.report}
         method = {"int4": "awq", "int8": "smoothquant"}.get(precision, method)
@@ -175,27 +181,51 @@ def _check_order(names: Sequence[str], rows: CheckpointRows) -> None:
             )
 
 
-def pieces_of(checkpoint: Checkpoint, prepared: Prepared, target: str, self_contained: bool) -> list[Piece]:
+def _float_dtype(checkpoint: Checkpoint, name: str, target: str, precision: str) -> str:
+    """The safetensors dtype of a parameter that a bundle does not quantize: as it is stored, unless told otherwise."""
+    if target == "cuda":
+        return "BF16"
+    held = checkpoint.tensors[name].dtype if name in checkpoint.tensors else "F32"
+    return PRECISIONS.get(precision, held)
+
+
+def _float_bytes(checkpoint: Checkpoint, target: str) -> int:
+    """Bytes of an element of a matrix that a quantized bundle keeps as floats; of the widest if they differ."""
+    if target != "cpu":
+        return 2  # engines compute in 16 bits whatever the checkpoint stores
+    names = [*layer_matrices(checkpoint.spec), head_name(checkpoint.spec)]
+    return max(BYTES_OF_DTYPE[_float_dtype(checkpoint, name, target, "")] for name in names)
+
+
+def pieces_of(
+    checkpoint: Checkpoint, prepared: Prepared, target: str, precision: str, self_contained: bool
+) -> list[Piece]:
     """What a quantized bundle stores itself, in the order of the checkpoint.
 
-    Quantized matrices, and of the others: vectors, which are small, whatever the target needs in another dtype, and
-    with `self_contained` all. The rest stays in the checkpoint.
+    Quantized matrices, and of the others: vectors, which are small, whatever the target or the precision wants in
+    another dtype, and with `self_contained` all. The rest stays in the checkpoint.
+
+    Args:
+        checkpoint: The source.
+        prepared: What is stored how.
+        target: As in `prepare`.
+        precision: As in `prepare`; one of floats is the dtype of everything that is not quantized.
+        self_contained: Whether nothing may stay in the checkpoint.
     """
     pieces: list[Piece] = []
     changed = dict(prepared.vectors) | ({} if prepared.kv is None else prepared.kv.tensors())
-    float_dtype = "BF16" if target == "cuda" else None  # None: as it is
+    changed_dtype = "BF16" if target == "cuda" else "F32"
     parameters = checkpoint.spec.parameters()
     for name, shape in parameters.items():
         scheme = prepared.schemes.get(name)
         if scheme is not None:
             pieces.append(_matrix_piece(checkpoint, prepared, name, scheme))
         elif name in changed:
-            pieces.append(vector_piece(name, changed[name], float_dtype or "F32"))
+            pieces.append(vector_piece(name, changed[name], changed_dtype))
         else:
-            held = checkpoint.tensors[name].dtype if name in checkpoint.tensors else "F32"
-            dtype = float_dtype or held
-            edited = prepared.edited is not prepared.rows and len(shape) == 2
-            if len(shape) == 1 or self_contained or edited or name not in checkpoint.tensors or dtype != held:
+            dtype = _float_dtype(checkpoint, name, target, precision)
+            is_held = name in checkpoint.tensors and checkpoint.tensors[name].dtype == dtype
+            if len(shape) == 1 or self_contained or name in prepared.edits or not is_held:
                 pieces.append(float_piece(prepared.edited, name, dtype))
     if prepared.has_own_head:
         pieces.append(_matrix_piece(checkpoint, prepared, HEAD, prepared.schemes[HEAD]))

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from qwen_rt.errors import CheckpointError
-from qwen_rt.export.quantize.forward import Forward, LayerPass, head_name, read_blocks
+from qwen_rt.export.passes.decoder import head_name
+from qwen_rt.export.quantize.forward import Forward, LayerPass, read_blocks
 from qwen_rt.export.quantize.rounding import quantize_rows
 from qwen_rt.export.quantize.texts import Texts, evenly
 from qwen_rt.quantization import Scheme, dequantize

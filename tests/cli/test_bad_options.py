@@ -33,6 +33,7 @@ SAMPLING = {
     "stop-token id": (["--stop-token", "999999"], ("stop token 999999", "expected 0 to")),
     "stop-token huge": (["--stop-token", "9" * 40], ("stop token 9", "expected")),
     "stop-token controls": (["--stop-token", HOSTILE], ("stop token", "expected a single token")),
+    "stop-token bytes": (["--stop-token", "caf\udce9"], ("lone surrogate", "expected valid Unicode text")),
     "bias shape": (["--logit-bias", "17"], ("--logit-bias 17", "expected TOKEN_ID:NUMBER")),
     "bias words": (["--logit-bias", "a:b"], ("--logit-bias a:b", "expected TOKEN_ID:NUMBER")),
     "bias range": (["--logit-bias", "17:1e9"], (r"logit_bias\[17\]", "expected a number from -100 to 100")),
@@ -126,7 +127,7 @@ def test_usage(bundle: Path, workplace: Path, cli: Cli) -> None:
     cli("build", "nano").refused(2, "required: -o/--output", "see qwen-rt build --help")
     cli("build").refused(2, "required: CHECKPOINT, -o/--output", "--help")
     cli("generate").refused(2, "required: BUNDLE", "see qwen-rt generate --help")
-    cli("generate", bundle, "a", "b").refused(2, "unrecognized arguments: b")
+    cli("generate", bundle, "a", "b").refused(2, "unrecognized arguments: b; see qwen-rt generate --help")
     cli("inspect").refused(2, "required: FOLDER")
     child(["generat", "x"], cwd=workplace).refused(2, "did you mean generate")
     assert names(workplace) == set()

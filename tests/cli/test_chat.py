@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pexpect
 import pytest
 
-from qwen_rt.cli import chat
+from qwen_rt.cli import chat, main
+from qwen_rt.engine_card import ENGINE_TARGETS
 from qwen_rt.errors import TextError
 from qwen_rt.runtime.llm import LLM
 from qwen_rt.runtime.outputs import StreamChunk
@@ -271,6 +274,17 @@ def test_ctrl_c_may_wait_for_the_end_of_a_step(
     )
     assert capsys.readouterr().out == " [stopped]\nso far [stopped]\nend\n"
     assert llm.ends == (["closed", "closed", "done"] if between_tokens else ["interrupted", "interrupted", "done"])
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda", *ENGINE_TARGETS])
+def test_whatever_runs_on_a_gpu_is_stopped_between_tokens_only(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where steps are captured, an exception in the midst of one would leave the capture open."""
+    llm = SimpleNamespace(bundle=SimpleNamespace(manifest=SimpleNamespace(target=target)), generation_config={})
+    told: list[bool] = []
+    monkeypatch.setattr("qwen_rt.runtime.llm.LLM", lambda *_, **__: contextlib.nullcontext(llm))
+    monkeypatch.setattr(chat, "converse", lambda *_, between_tokens: told.append(between_tokens) or 0)
+    assert main(["chat", "folder"]) == 0
+    assert told == [target != "cpu"]
 
 
 def test_trouble_with_one_message_does_not_end_a_terminal(

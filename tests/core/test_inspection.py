@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 
-from qwen_rt.bundle import GRAPH_FILE
+from qwen_rt.bundle import GRAPH_FILE, Bundle
 from qwen_rt.checkpoint import Checkpoint
 from qwen_rt.errors import BundleError
+from qwen_rt.export.build import BuildOptions, QuantizeOptions, build
 from qwen_rt.inspection import Inspection, inspect
+from qwen_rt.progress import format_count
 
 from ..cli.kit import NANO_FOLDER, SHARDS, copy_nano, rehash, shared_bundle, shared_graph
 
@@ -89,8 +92,46 @@ def test_a_graph_that_does_not_fit_the_model(packed: Path) -> None:
     model.graph.node[5].name = "/model/layers.4/mlp/MatMul"
     (packed / GRAPH_FILE).write_bytes(model.SerializeToString())
     rehash(packed, GRAPH_FILE)
-    with pytest.raises(BundleError, match="has a node of layer 4, the model has 4 layers"):
+    with pytest.raises(BundleError, match="of layer 4, the model has 4 layers"):
         inspect(packed)
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "options", "dtypes"),
+    [
+        ("cpu", "int4", {"symmetric": False, "lm_head": "int8"}, ["BF16", "int4"]),
+        ("cpu", "int8", {"embedding": "fp8"}, ["BF16", "int8"]),  # the graph names its bytes twice: rows, and numbers
+        ("cuda", "fp8", {}, ["BF16", "fp8"]),
+    ],
+)
+def test_quantized_matrices_are_as_large_as_they_are_stored(
+    target: str, precision: str, options: dict[str, Any], dtypes: list[str], tmp_path: Path
+) -> None:
+    quantize = QuantizeOptions(**options)
+    asked = BuildOptions(
+        target=target, precision=precision, quantize=quantize, self_contained=True, gate=False, quiet=True
+    )
+    build(shared_graph(), tmp_path / "out", asked)
+    stored = Bundle.open(tmp_path / "out", "size").tensors()
+    found = inspect(tmp_path / "out")
+    for row in found.layers:
+        inside = [n for n in stored if (f"layers.{row.name}." in n) or (row.name == "outside" and ".layers." not in n)]
+        assert row.nbytes == sum(stored[name].nbytes for name in inside), row.name
+        assert row.name == "outside" or sorted(row.dtypes) == dtypes
+    assert sum(row.num_parameters for row in found.layers) == found.model.num_parameters
+    assert (
+        found.facts["weights"]
+        == f"{precision}, {format_count(sum(r.nbytes for r in found.layers), 'B')}, in this folder"
+    )
+
+
+def test_weights_in_two_places(tmp_path: Path) -> None:
+    build(shared_graph(), tmp_path / "out", BuildOptions(precision="int8", gate=False, quiet=True))
+    embedding = Checkpoint.open("nano").tensors["model.embed_tokens.weight"]
+    own = sum(row.nbytes for row in inspect(tmp_path / "out").layers) - embedding.nbytes
+    there = format_count(embedding.nbytes, "B")
+    expected = f"int8, {format_count(own, 'B')} in this folder, {there} in {embedding.path.parent}"
+    assert inspect(tmp_path / "out").facts["weights"] == expected
 
 
 def test_other_dtypes_are_named(packed: Path) -> None:
@@ -101,7 +142,8 @@ def test_other_dtypes_are_named(packed: Path) -> None:
             tensor.data_type = onnx.TensorProto.FLOAT
     (packed / GRAPH_FILE).write_bytes(model.SerializeToString())
     rehash(packed, GRAPH_FILE)
-    assert "F32" in inspect(packed).layers[0].dtypes
+    found = inspect(packed).layers[0].dtypes
+    assert {"F32", "F8_E4M3"} <= found
 
 
 def test_json_ready(packed: Path) -> None:

@@ -52,6 +52,17 @@ def test_permissions_follow_the_umask_and_an_existing_file_keeps_its_own(tmp_pat
         os.umask(before)
 
 
+def test_a_file_system_without_permissions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(fd: int, mode: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    atomic_write_bytes(tmp_path / "a.bin", b"old")
+    monkeypatch.setattr(os, "fchmod", refuse)
+    atomic_write_bytes(tmp_path / "a.bin", b"new")
+    assert (tmp_path / "a.bin").read_bytes() == b"new"
+    assert _hidden(tmp_path) == []
+
+
 def test_a_symbolic_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "real").write_bytes(b"old")
     (tmp_path / "link").symlink_to("real")
@@ -294,7 +305,7 @@ def test_refusals_say_what_is_in_the_way(tmp_path: Path, monkeypatch: pytest.Mon
     refused(tmp_path / "file", "is a file; expected a new or empty folder", True)
     refused(_bundle(tmp_path / "full"), "exists and is not empty; .*--force")
     refused(tmp_path / "no" / "b", f"no is not a folder; .*mkdir -p {tmp_path}/no")
-    refused(tmp_path / "file" / "b", "is not a folder")
+    refused(tmp_path / "file" / "b", "is not a folder; expected an existing folder; choose another path")
     refused(Path("/"), "cannot be built", True)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("x")

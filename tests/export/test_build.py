@@ -11,14 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from numpy.typing import NDArray
 
-from qwen_rt.bundle import Bundle
+from qwen_rt.benchmarks.checkpoints import QWEN2_05B, write_random
+from qwen_rt.bundle import GRAPH_FILE, Bundle
 from qwen_rt.checkpoint import Checkpoint, to_float32
-from qwen_rt.errors import BundleError, StorageError, UsageError
-from qwen_rt.export.build import BuildOptions, build
+from qwen_rt.errors import BundleError, GraphError, StorageError, UnsupportedModelError, UsageError
+from qwen_rt.export.build import BuildOptions, QuantizeOptions, build
 from qwen_rt.runtime.llm import LLM
+from qwen_rt.runtime.session import CpuSession
 from qwen_rt.safetensors_header import read_header
 
 from ..cli.kit import (
@@ -30,6 +33,7 @@ from ..cli.kit import (
     copy_nano,
     environment,
     names,
+    rehash,
     shared_bundle,
     shared_graph,
 )
@@ -161,6 +165,20 @@ def test_a_portable_graph_gives_the_bundle_that_its_checkpoint_gives(tmp_path: P
         assert manifest.checkpoint.path == str(Checkpoint.open("nano").path)
 
 
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_a_portable_graph_that_was_edited_is_refused(target: str, tmp_path: Path) -> None:
+    """Whoever rewrites the manifest's hashes with it gets no bundle of another model."""
+    edited = Path(shutil.copytree(shared_graph(), tmp_path / "edited"))
+    model = onnx.load_model(str(edited / GRAPH_FILE), load_external_data=False)
+    norm = next(node for node in model.graph.node if node.op_type == "RMSNormalization")
+    next(attribute for attribute in norm.attribute if attribute.name == "epsilon").f = 1e-2
+    (edited / GRAPH_FILE).write_bytes(model.SerializeToString())
+    rehash(edited, GRAPH_FILE)
+    with pytest.raises(GraphError, match=r"epsilon=0\.00999.*; expected 9\.99.*; export the graph with this version"):
+        build(edited, tmp_path / "out", options(target=target))
+    assert names(tmp_path) == {"edited"}
+
+
 def test_self_contained_bundles_outlive_their_checkpoint(tmp_path: Path, expected: NDArray[np.float32]) -> None:
     checkpoint = copy_nano(tmp_path / "checkpoint")
     portable = copy_graph_of(checkpoint, tmp_path / "portable")
@@ -279,6 +297,42 @@ def test_an_output_over_its_source_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="expected a folder of its own"):
         build(checkpoint, old, options(overwrite=True))
     assert contents(portable) == before
+
+
+def test_options_files_within_the_output_are_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    build(shared_graph(), out, QUIET)
+    (out / "choice.toml").write_text('"*" = "int8"\n')
+    before = contents(out)
+    for fields, what in (({"overrides": out / "choice.toml"}, "read"), ({"calibrate": out / "config.json"}, "read")):
+        with pytest.raises(StorageError, match=f"which is {what}; expected a folder of its own"):
+            build(shared_graph(), out, options(precision="int4", quantize=QuantizeOptions(**fields), overwrite=True))
+    choice = QuantizeOptions(size_budget=10_000_000, write_overrides=tmp_path / "new" / "choice.toml")
+    with pytest.raises(StorageError, match="which is written; expected a folder of its own"):
+        build(shared_graph(), tmp_path / "new", options(precision="int4", quantize=choice))
+    assert contents(out) == before
+    assert names(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize(("kv_cache", "unit"), [(None, 16), ("int8", 8)])
+def test_heads_that_the_cpu_does_not_take(kv_cache: str | None, unit: int, tmp_path: Path) -> None:
+    """What is refused would fail in ONNX Runtime with the first token; the next multiple of what it takes runs."""
+    small = {"hidden_size": 32, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 32}
+    small |= {"vocab_size": 41, "num_hidden_layers": 1, "bos_token_id": None, "eos_token_id": None}
+    fields = options(quantize=QuantizeOptions(kv_cache=kv_cache), max_length=8, gate=False)
+    for head_dim in (unit + 4, unit // 2, unit):
+        checkpoint = tmp_path / f"heads of {head_dim}"
+        checkpoint.mkdir()
+        write_random(checkpoint, QWEN2_05B | small | {"head_dim": head_dim})
+        if head_dim < unit or head_dim % unit:
+            message = f"head_dim={head_dim} for target cpu; expected a multiple of {unit}"
+            with pytest.raises(UnsupportedModelError, match=message):
+                build(checkpoint, tmp_path / "out", fields)
+            assert not (tmp_path / "out").exists()
+    build(checkpoint, tmp_path / "out", fields)
+    session = CpuSession(Bundle.open(tmp_path / "out"), 1)
+    zero = np.zeros(1, np.int64)
+    assert np.isfinite(session.run(session.new_cache(1, 8), 0, np.array([[1, 2, 3]]), zero, zero + 2)).all()
 
 
 def test_options_that_do_not_fit(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ import pytest
 
 from qwen_rt import tensors
 from qwen_rt.checkpoint import Checkpoint
+from qwen_rt.engine_card import ENGINE_TARGETS
 from qwen_rt.errors import GraphError, UsageError
-from qwen_rt.export.lower import TENSORRT_TARGETS, graph_bytes, lowered_graph
+from qwen_rt.export.lower import graph_bytes, lowered_graph
 from qwen_rt.export.passes.compute_dtype import FLOAT_TYPES, set_compute_dtype
 from qwen_rt.export.passes.lower_tensorrt import HIDDEN_SCORE, lower_tensorrt
 from qwen_rt.export.portable import checkpoint_locations, portable_graph
@@ -215,7 +216,7 @@ def test_hidden_scores_are_finite_in_their_dtype() -> None:
         assert np.exp(np.float64(held)) == 0
 
 
-@pytest.mark.parametrize("target", TENSORRT_TARGETS)
+@pytest.mark.parametrize("target", ENGINE_TARGETS)
 @pytest.mark.parametrize("traced", DTYPES)
 def test_equal_models_give_equal_graphs(target: str, traced: str, nano_source: Source) -> None:
     checkpoint = Checkpoint.open("nano")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from qwen_rt.bundle import Bundle
 from qwen_rt.checkpoint import Checkpoint
 from qwen_rt.errors import UnsupportedModelError
-from qwen_rt.export.build import BuildOptions, build
+from qwen_rt.export.build import BuildOptions, QuantizeOptions, build
 from qwen_rt.quantization import Scheme, dequantize
 from qwen_rt.row_reader import CheckpointRows, StoredRows
 from qwen_rt.runtime.session import CpuSession
+from qwen_rt.tensor_data import read_tensor
+from qwen_rt.tolerances import KV_LOGITS_MIN_COSINE, KV_LOGITS_RELATIVE
 
 from ..cases import all_at_once
 from ..compare import assert_close
@@ -123,6 +126,25 @@ def test_dequantized_and_quantized_anew(tmp_path: Path) -> None:
     assert anew.manifest.quantization is not None
     assert set(anew.manifest.quantization.weights.values()) == {Scheme("int8")}
     assert anew.manifest.quantization.method == "rtn"
+
+
+def test_a_calibration_of_the_cache_leaves_stored_numbers_and_norms_alone(tmp_path: Path) -> None:
+    """A text shows which offsets a cache needs; factors for matrices that are not rounded anew would break them."""
+    source, text = tmp_path / "checkpoint", tmp_path / "text.txt"
+    write_checkpoint(source, lambda _, n, k: layouts.gptq(n, k, bits=8, group_size=-1), CUDA | {"vocab_size": 1152})
+    shutil.copy(Checkpoint.open("nano").path / "tokenizer.json", source)
+    text.write_text("What is 12 + 30? 12+30=42. The answer is \\boxed{42}.\n" * 20)
+    bundle = built(source, tmp_path / "out", quantize=QuantizeOptions(calibrate=text, kv_cache="int8"))
+    assert_same_numbers(source, bundle)
+    kept = Checkpoint.open(source).tensors
+    tensors = bundle.tensors()
+    for name in (name for name in kept if name.endswith("norm.weight")):
+        np.testing.assert_array_equal(read_tensor(tensors[name]), read_tensor(kept[name]))
+    ids = np.array([3, 0, 39, 7, 7, 12, 30, 1])
+    found, limits = all_at_once(CpuSession(bundle, 1), ids), (KV_LOGITS_RELATIVE["int8"], KV_LOGITS_MIN_COSINE["int8"])
+    assert_close(found, reference(source, ids), relative=limits[0], cosine=limits[1])
+    assert bundle.manifest.quantization is not None
+    assert set(bundle.manifest.quantization.report) == {"calibration", "kv_cache"}
 
 
 def test_columns_in_several_orders(tmp_path: Path) -> None:

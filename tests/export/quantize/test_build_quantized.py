@@ -16,7 +16,7 @@ from qwen_rt.export.build import BuildOptions, QuantizeOptions, build
 from qwen_rt.export.passes.decoder import EMBEDDING, HEAD
 from qwen_rt.export.quantize import pieces
 from qwen_rt.gate_result import GateResult
-from qwen_rt.quantization import QuantizedTensor, Scheme, dequantize, key_offset_name
+from qwen_rt.quantization import QuantizedTensor, Scheme, dequantize, key_offset_name, part_name
 from qwen_rt.row_reader import CheckpointRows, StoredRows
 from qwen_rt.runtime.llm import LLM
 
@@ -109,6 +109,20 @@ def test_only_the_cache(tmp_path: Path) -> None:
     assert GateResult.from_dict(manifest.gate).kv_format == "fp8"
 
 
+@pytest.mark.parametrize(("precision", "stored"), [("fp32", "F32"), ("fp16", "F16"), ("bf16", "BF16")])
+def test_a_quantized_cache_beside_floats_of_a_precision(precision: str, stored: str, tmp_path: Path) -> None:
+    """The weights are stored as the manifest says; biases that the cache's offsets changed are not rounded again."""
+    manifest = built(tmp_path / "out", precision, quantize=QuantizeOptions(kv_cache="int8"))
+    assert manifest.precision == precision
+    tensors = Bundle.open(tmp_path / "out", "full").tensors()
+    found = {name: tensors[name].dtype for name in SPEC.parameters()}
+    biases = {name for name in found if name.endswith(("k_proj.bias", "v_proj.bias"))}
+    assert {found[name] for name in biases} == {"F32"}
+    assert {dtype for name, dtype in found.items() if name not in biases} == {stored}
+    assert bool(manifest.checkpoint.shards) == (stored == "BF16")
+    assert "\\boxed{42}" in answer(tmp_path / "out")
+
+
 def test_overrides(tmp_path: Path) -> None:
     file = tmp_path / "overrides.toml"
     file.write_text('"model.layers.0.*" = "bf16"\n"*.down_proj" = { precision = "int4", group_size = 32 }\n')
@@ -138,6 +152,40 @@ def test_a_size_budget(tmp_path: Path) -> None:
     assert again.quantization.weights == manifest.quantization.weights
 
 
+def budgeted_bytes(bundle: Path) -> int:
+    """Stored bytes of all layers' matrices and of what makes the logits: what a size budget is about."""
+    tensors = Bundle.open(bundle, "size").tensors()
+    head = HEAD if HEAD in tensors else EMBEDDING
+    names = [part_name(name, part) for name in (*all_matrices(SPEC), head) for part in ("weight", "scale")]
+    return sum(tensors[name].nbytes for name in names if name in tensors)
+
+
+@pytest.mark.parametrize("options", [{"embedding": "int8"}, {"embedding": "fp8", "lm_head": "int8"}])
+def test_a_size_budget_counts_a_tied_head_once_and_as_it_is_read(options: dict[str, str], tmp_path: Path) -> None:
+    quantize = QuantizeOptions(size_budget=6_000_000, **options)  # type: ignore[arg-type]
+    manifest = built(tmp_path / "out", quantize=quantize, gate=False)
+    assert manifest.quantization is not None
+    assert budgeted_bytes(tmp_path / "out") == manifest.quantization.report["mixed"]["stored_bytes"] <= 6_000_000
+
+
+def test_a_size_budget_counts_floats_as_they_are_stored(tmp_path: Path) -> None:
+    """A checkpoint in float32: what stays as it is takes four bytes a weight, and the bundle keeps to its budget."""
+    build(shared_graph(), tmp_path / "wide", BuildOptions(precision="fp32", self_contained=True, quiet=True))
+    weights = next((tmp_path / "wide" / "graph").glob("*.safetensors"))
+    source = copy_nano(tmp_path / "checkpoint")
+    for file in [*source.glob("*.safetensors"), source / "model.safetensors.index.json"]:
+        file.unlink()
+    weights.rename(source / "model.safetensors")
+    total = 4 * sum(int(np.prod(SPEC.parameters()[name])) for name in [*all_matrices(SPEC), EMBEDDING])
+    options = QuantizeOptions(size_budget=int(0.45 * total))
+    manifest = built(tmp_path / "out", source=source, quantize=options, self_contained=True, gate=False)
+    assert manifest.quantization is not None
+    stored = budgeted_bytes(tmp_path / "out")
+    assert stored == manifest.quantization.report["mixed"]["stored_bytes"] <= options.size_budget  # type: ignore[operator]
+    tensors = Bundle.open(tmp_path / "out", "size").tensors()
+    assert any(tensors[name].dtype == "F32" for name in all_matrices(SPEC)), "some were raised to floats"
+
+
 def test_a_calibrated_build(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("What is 12 + 30? 12+30=42. The answer is \\boxed{42}.\n" * 40)
@@ -145,6 +193,7 @@ def test_a_calibrated_build(tmp_path: Path) -> None:
     assert manifest.quantization is not None
     assert manifest.quantization.method == "awq"
     assert {"calibration", "kv_cache"} <= set(manifest.quantization.report)
+    assert list(manifest.checkpoint.shards) == ["model-00001-of-00002.safetensors"], "the embeddings stay there"
     assert "\\boxed{42}" in answer(tmp_path / "out")
     text.write_text(text.read_text() + "more")
     again = built(tmp_path / "out", quantize=QuantizeOptions(calibrate=text, kv_cache="int8"), overwrite=True)
@@ -186,8 +235,7 @@ def test_a_broken_quantization_is_refused_and_named(harm: Any, tmp_path: Path, m
     bundle = Bundle.open(tmp_path / "out", "full")
     with StoredRows(bundle.tensors(), manifest.quantization.weights) as stored:  # type: ignore[union-attr]
         found = stored.rows(name, 0, 9999)
-    wanted = dequantize(zero(_stored(name))) if harm is zero else None
-    assert wanted is None or not found.any(), "finished as it was, not quantized again"
+    np.testing.assert_array_equal(found, dequantize(harm(_stored(name))), "finished as it was, not quantized again")
     assert names(tmp_path) == {"out"}
 
 
@@ -205,6 +253,14 @@ def test_a_manifest_says_what_the_gate_found(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- what is refused
+
+
+def test_files_of_options_that_cannot_be_read(tmp_path: Path) -> None:
+    for option in ("overrides", "calibrate"):
+        for file in (tmp_path / "absent", tmp_path):
+            with pytest.raises(UsageError, match=f"{file} cannot be read: .*; expected a"):
+                built(tmp_path / "out", quantize=QuantizeOptions(**{option: file}))
+    assert names(tmp_path) == set()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
