@@ -187,9 +187,12 @@ class _Job:
     def _prepare(self) -> Prepared | None:
         """Decide how to quantize; None for a build of floats."""
         settings = self.settings
+        check = None if self.engines is None else self.engines.check
         if not settings.is_quantized:
+            if check is not None:
+                check({})
             return None
-        return prepare(self.checkpoint, settings.precision, settings.quantize, settings.target, settings.quiet)
+        return prepare(self.checkpoint, settings.precision, settings.quantize, settings.target, settings.quiet, check)
 
     def _pieces(self, prepared: Prepared | None) -> list[Piece]:
         """What the bundle stores itself."""

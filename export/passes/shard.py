@@ -14,7 +14,7 @@ from qwen_rt.export.passes.decoder import EMBEDDING, HEAD
 from qwen_rt.export.passes.dequantize import StoredMatrix
 from qwen_rt.export.passes.graph_tools import stored_elements
 from qwen_rt.export.tensor_parallel import check_tp, parameter_parts
-from qwen_rt.quantization import part_name
+from qwen_rt.quantization import Scheme, part_name
 from qwen_rt.spec import ModelSpec
 
 __all__ = ["Shard", "shard_spec", "shard_weights"]
@@ -113,6 +113,27 @@ def _copy(
         new_weights[name] = weights[name]
 
 
+def check_columns(name: str, scheme: Scheme, num_columns: int) -> int:
+    """Refuse a quantized matrix that cannot be cut between columns; return how many belong together.
+
+    Args:
+        name: Hugging Face name.
+        scheme: How it is stored.
+        num_columns: Of each rank.
+
+    Raises:
+        UsageError: Columns that are not in order, or a group or byte that two ranks would share.
+    """
+    unit = scheme.group_size or (2 if scheme.format == "int4" else 1)
+    if scheme.permuted or num_columns % unit:
+        raise UsageError(
+            f"{name} is stored as {scheme}, {num_columns} columns for each rank",
+            "columns in order" if scheme.permuted else f"a multiple of {unit} columns for each rank",
+            "choose a smaller --tp, or keep that matrix at another precision with --overrides",
+        )
+    return unit
+
+
 def _matrix_part(
     matrix: StoredMatrix, name: str, rows: tuple[int, int], columns: tuple[int, int] | None, is_copy: bool
 ) -> StoredMatrix:
@@ -125,13 +146,7 @@ def _matrix_part(
         }
         return StoredMatrix(name, scheme, (rows[1] - rows[0], matrix.shape[1]), cut)
     first, last = columns
-    unit = scheme.group_size or (2 if scheme.format == "int4" else 1)
-    if scheme.permuted or first % unit or last % unit:
-        raise UsageError(
-            f"{name} is stored as {scheme}, {last - first} columns for each rank",
-            "columns in order" if scheme.permuted else f"a multiple of {unit} columns for each rank",
-            "choose a smaller --tp, or keep that matrix at another precision with --overrides",
-        )
+    unit = check_columns(name, scheme, last - first)
     packing = 2 if scheme.format == "int4" else 1
     values = _columns(parts["weight"], first // packing, last // packing, name)
     scale = parts["scale"]

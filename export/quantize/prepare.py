@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,7 +79,12 @@ class Prepared:
 
 
 def prepare(
-    checkpoint: Checkpoint, precision: str, options: QuantizeOptions, target: str, quiet: bool = False
+    checkpoint: Checkpoint,
+    precision: str,
+    options: QuantizeOptions,
+    target: str,
+    quiet: bool = False,
+    check: Callable[[Mapping[str, Scheme]], None] | None = None,
 ) -> Prepared:
     """Decide schemes, scales of a calibration, and offsets of the cache.
 
@@ -89,6 +94,7 @@ def prepare(
         options: The rest.
         target: Any but `portable`, as in `BuildOptions`.
         quiet: No progress.
+        check: Told the schemes as soon as they are known, before what takes long; what it raises ends the build.
 
     Raises:
         UsageError: Options that do not fit the model or each other.
@@ -112,6 +118,8 @@ def prepare(
             precision, options.group_size, options.symmetric, options.lm_head, options.embedding, options.overrides
         )
         schemes = plan_schemes(spec, wanted)
+        if check is not None:
+            check(schemes)
         if options.size_budget is not None:
             tokens = _texts(checkpoint, options) or [gate_tokens(checkpoint.path, spec)[0]]
             base, head = schemes[layer_matrices(spec)[0]], schemes.get(HEAD, schemes.get(head_name(spec)))
@@ -125,6 +133,8 @@ def prepare(
             report["mixed"] = mixed.report
             if options.write_overrides is not None:
                 atomic_write_bytes(options.write_overrides, to_toml(mixed).encode())
+    if check is not None:
+        check(schemes)
     edits: dict[str, MatrixEdit] = {}
     vectors: dict[str, NDArray[np.float32]] = {}
     hidden = None

@@ -16,10 +16,13 @@ from qwen_rt.checkpoint import Checkpoint
 from qwen_rt.engine_card import CARD_FILE, EngineCard, engine_file
 from qwen_rt.errors import GraphError
 from qwen_rt.export.lower import lowered_graph
-from qwen_rt.export.passes.shard import Shard, shard_spec
+from qwen_rt.export.passes.decoder import EMBEDDING
+from qwen_rt.export.passes.dequantize import check_tensorrt_scheme
+from qwen_rt.export.passes.shard import Shard, check_columns, shard_spec
 from qwen_rt.export.portable import QuantizedLocation, WeightLocation
 from qwen_rt.export.settings import FROM_CHECKPOINT, QuantizeOptions, Settings
 from qwen_rt.export.source import Source
+from qwen_rt.export.tensor_parallel import parameter_parts
 from qwen_rt.export.tensorrt.engines import EngineFacts, make_plan, write_card, write_engine
 from qwen_rt.export.tensorrt.flavour import load_flavour
 from qwen_rt.machine import Started, gpu_probe_command, read_gpus
@@ -63,33 +66,49 @@ class EngineJob:
         """Package → version of what compiles."""
         return {self._flavour.target: self._flavour.version}
 
-    def choose(self, schemes: Mapping[str, Scheme]) -> None:
-        """Choose the compute capabilities that were left open, and refuse those that lack a format.
+    def check(self, schemes: Mapping[str, Scheme]) -> None:
+        """Refuse what could not be compiled, before anything is computed for it.
 
         Args:
-            schemes: Name of each quantized matrix → how it is stored.
+            schemes: Name of each quantized matrix → how it is to be stored.
 
         Raises:
-            GraphError: With the first layer that has such a matrix.
+            UsageError: A form that TensorRT lacks, or one that cannot be cut where the ranks' parts meet.
+            GraphError: A compute capability that lacks a format, with the first layer that has such a matrix.
         """
-        forms = {name.removesuffix(".weight"): scheme.format for name, scheme in schemes.items()}
-        if self._settings.dtype == "bfloat16":
-            forms["model.layers.0.self_attn"] = "bf16"
-        oldest = {layer: _OLDEST_OF_FORMAT.get(form, (0, 0)) for layer, form in forms.items()}
-        if not self.compute_capabilities:
-            least = max([_OLDEST, *oldest.values()])
-            known = self._flavour.known_capabilities
-            self.compute_capabilities = tuple(one for one in known if _numbers(one) >= least)
-            return
+        spec, num_ranks = self._checkpoint.spec, self._options.tensor_parallel
+        parts, shapes = parameter_parts(spec, num_ranks, spec.intermediate_size), spec.parameters()
+        for name, scheme in schemes.items():
+            shape = shapes[name if name in shapes else EMBEDDING]  # of a tied model the head may be stored apart
+            check_tensorrt_scheme(name, scheme, shape[1])
+            if num_ranks > 1 and parts[name].num_columns:
+                check_columns(name, scheme, parts[name].num_columns)
         for one in self.compute_capabilities:
-            for layer, needed in oldest.items():
+            for layer, (form, needed) in self._oldest(schemes).items():
                 if _numbers(one) < needed:
                     raise GraphError(
-                        f"{self._flavour.title} does not compile layer {layer}, {forms[layer]}, "
-                        f"for compute capability {one}",
+                        f"{self._flavour.title} does not compile layer {layer}, {form}, for compute capability {one}",
                         f"{needed[0]}.{needed[1]} or newer",
                         "choose another --compute-capability, or another --precision",
                     )
+
+    def choose(self, schemes: Mapping[str, Scheme]) -> None:
+        """Choose the compute capabilities if they were left open: all from 8.0 on that have the formats.
+
+        Args:
+            schemes: What `check` took.
+        """
+        if not self.compute_capabilities:
+            least = max([_OLDEST, *(needed for _, needed in self._oldest(schemes).values())])
+            known = self._flavour.known_capabilities
+            self.compute_capabilities = tuple(one for one in known if _numbers(one) >= least)
+
+    def _oldest(self, schemes: Mapping[str, Scheme]) -> dict[str, tuple[str, tuple[int, int]]]:
+        """Layer → its numbers, and the first compute capability that has them."""
+        forms = {name.removesuffix(".weight"): scheme.format for name, scheme in schemes.items()}
+        if self._settings.dtype == "bfloat16":
+            forms["model.layers.0.self_attn"] = "bf16"
+        return {layer: (form, _OLDEST_OF_FORMAT.get(form, (0, 0))) for layer, form in forms.items()}
 
     def write(
         self,

@@ -15,6 +15,7 @@ from qwen_rt.errors import GraphError, MissingDependencyError, QwenRtError, Usag
 from qwen_rt.export.build import BuildOptions, build
 from qwen_rt.export.lower import lowered_graph
 from qwen_rt.export.portable import checkpoint_locations
+from qwen_rt.export.quantize import prepare
 from qwen_rt.export.settings import QuantizeOptions
 from qwen_rt.export.source import open_source
 from qwen_rt.export.tensorrt import builder, flavour, histogram
@@ -73,6 +74,48 @@ def test_a_format_that_a_gpu_lacks(capabilities: tuple[str, ...], nano_portable:
         engine_build(nano_portable, tmp_path / "out", "fp8", capabilities)
     _refused(caught.value, "layer model.layers.0.self_attn.q_proj, fp8, for compute capability 8.", "8.9 or newer")
     assert names(tmp_path) == set()
+
+
+@pytest.mark.trt
+@needs_library
+@pytest.mark.parametrize(
+    ("precision", "quantize", "engine", "words"),
+    [
+        ("int4", {"symmetric": False}, {}, ("q_proj.weight is stored as int4 g128 asymmetric", "no zero points")),
+        ("int8", {"group_size": 64}, {}, ("q_proj.weight is stored as int8 g64", "one scale for each row")),
+        ("fp8", {}, {"capabilities": ("8.0",)}, ("q_proj, fp8, for compute capability 8.0", "8.9 or newer")),
+        (
+            "int4",
+            {"group_size": 256},
+            {"tensor_parallel": 2},
+            ("down_proj.weight is stored as int4 g256, 384 columns for each rank", "a multiple of 256"),
+        ),
+    ],
+)
+def test_refused_before_anything_is_computed(
+    precision: str,
+    quantize: dict[str, Any],
+    engine: dict[str, Any],
+    words: tuple[str, ...],
+    nano_portable: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Calibration and a search for a budget take hours on a large model."""
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("too early")
+
+    monkeypatch.setattr(prepare, "calibrate", never)
+    monkeypatch.setattr(prepare, "choose_mixed", never)
+    text = tmp_path / "text.txt"
+    text.write_text("What is 17 + 25?\n" * 50)
+    for more in ({"calibrate": text}, {"size_budget": 10_000_000}):
+        options = QuantizeOptions(**quantize, **more)
+        with pytest.raises(QwenRtError) as caught:
+            engine_build(nano_portable, tmp_path / "out", precision, quantize=options, **engine)
+        _refused(caught.value, *words)
+    assert names(tmp_path) == {"text.txt"}
 
 
 @pytest.mark.trt
