@@ -83,7 +83,7 @@ class _Product:
             return 0
         if self.scheme.group_size:
             return self.scheme.group_size
-        if self.scheme.format == "int4" or not self.scheme.symmetric:
+        if not self.scheme.symmetric or self.activations == "float32":  # a row's zero point would have to be repeated
             return 0
         return next((size for size in _BLOCK_SIZES if self.columns % size == 0), 0)
 

@@ -72,7 +72,7 @@ def test_cpu(case: Case, scheme: Scheme, tmp_path: Path) -> None:
     assert_close(run_cpu(model, quantized, ids), wanted, relative=PARITY_RELATIVE_FP32)
 
 
-@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int8", 32), Scheme("int4", 32)], ids=str)
+@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int8", 32), Scheme("int4"), Scheme("int4", 32)], ids=str)
 def test_cpu_with_int8_activations(case: Case, scheme: Scheme, tmp_path: Path) -> None:
     quantized = write(case, layers(case, scheme), tmp_path)
     model = lower(case, quantized, "cpu", "int8")
