@@ -31,7 +31,10 @@ from qwen_rt.spec import ModelDtype, ModelSpec
 from qwen_rt.strict_json import name_some, parse_object, show
 from qwen_rt.tensor_data import to_float32
 
-__all__ = ["NANO", "Checkpoint", "to_float32"]
+__all__ = ["LAYOUT_FILE", "NANO", "Checkpoint", "to_float32"]
+
+LAYOUT_FILE = "qwen_rt_layout.json"
+"""What `qwen-rt export --layout` notes in a folder that is for another runtime."""
 
 NANO = "nano"
 """The name that opens the checkpoint shipped with this package; `./nano` is a folder of that name."""
@@ -242,6 +245,12 @@ def _read_index(folder: Path) -> tuple[dict[str, str], str]:
                 f"{folder} holds pytorch_model.bin weights only",
                 f"{_SINGLE} or {_INDEX}",
                 "convert it to safetensors: load it with transformers and call save_pretrained",
+            )
+        if _exists(folder / LAYOUT_FILE):
+            raise CheckpointError(
+                f"{folder} was written by qwen-rt export --layout, for another runtime",
+                "a checkpoint",
+                f"name the one that it was made of: {LAYOUT_FILE} says which",
             )
         raise CheckpointError(f"{folder} has no weights", f"{_SINGLE} or {_INDEX}", _FIX_AGAIN)
     index, digest = _read_json(path, _MAX_INDEX_BYTES)

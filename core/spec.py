@@ -292,6 +292,12 @@ def _refuse_other_models(config: dict[str, Any]) -> None:
     """Refuse what is not a plain, causal Qwen2 decoder, or is quantized in a way that is not read."""
     model_type, architectures = config.get("model_type"), config.get("architectures")
     if model_type is None and not architectures:
+        if {"architecture", "mapping", "quantization"} <= config.keys():
+            raise CheckpointError(
+                "config.json is of a TensorRT-LLM checkpoint",
+                "one in the Hugging Face layout",
+                "name the checkpoint that it was converted from",
+            )
         raise CheckpointError(
             "config.json has neither model_type nor architectures", 'model_type="qwen2"', "download config.json again"
         )

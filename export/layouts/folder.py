@@ -14,6 +14,7 @@ from typing import Any
 from qwen_rt import errors
 from qwen_rt._version import __version__
 from qwen_rt.bundle import TEXT_FILES
+from qwen_rt.checkpoint import LAYOUT_FILE
 from qwen_rt.disk import device_error, require_free_space, storage_errors
 from qwen_rt.errors import CheckpointError, StorageError, UnsupportedModelError, UsageError
 from qwen_rt.export.layouts.genai_config import genai_config
@@ -31,7 +32,6 @@ LAYOUTS = ("optimum", "genai")
 
 _GRAPH_FILE = "model.onnx"
 _GENAI_FILE = "genai_config.json"
-_MARKER = "qwen_rt_layout.json"
 _TOKENIZER = "tokenizer.json"
 _PACKAGE = Path(errors.__file__).resolve().parent  # has the nano checkpoint; onnx refuses files with several names
 _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
@@ -95,7 +95,7 @@ def export_layout(
     opened = open_source(source)
     length = _check(opened, layout, max_length)
     _refuse_overlap(opened, Path(out))
-    with StagedDirectory(Path(out), overwrite=overwrite, marker=_MARKER) as stage:
+    with StagedDirectory(Path(out), overwrite=overwrite, marker=LAYOUT_FILE) as stage:
         try:
             for child in stage.path.iterdir():  # of an export that was killed: cheap to make anew
                 shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
@@ -175,7 +175,7 @@ def _write(source: Source, stage: Path, layout: str, length: int, self_contained
         "max_length": length,
         "shards": {"linked": sorted(linked), "copied": sorted(copied)},
     }
-    atomic_write_bytes(stage / _MARKER, _json_bytes(note))
+    atomic_write_bytes(stage / LAYOUT_FILE, _json_bytes(note))
     return LayoutReport(layout, checkpoint.spec.num_layers, own, sum(linked.values()), sum(copied.values()), why)
 
 

@@ -10,6 +10,7 @@ from qwen_rt.errors import GraphError
 from qwen_rt.export.passes.activation import fuse_silu
 from qwen_rt.export.passes.attention import fuse_group_query_attention
 from qwen_rt.export.passes.compute_dtype import set_compute_dtype
+from qwen_rt.export.passes.decoder import match_decoder
 from qwen_rt.export.passes.flatten import flatten_tokens
 from qwen_rt.export.passes.graph_tools import constant, insert, nodes_of_type, prune, replace_value
 from qwen_rt.export.passes.linear import fuse_linear, pack_qkv
@@ -35,7 +36,11 @@ def lower_layout(model: ir.Model, spec: ModelSpec, max_length: int) -> ir.Model:
 
     Returns:
         The same object, with the inputs and outputs of `follow_attention_mask`, in float32.
+
+    Raises:
+        GraphError: The graph is not the portable graph of this model.
     """
+    match_decoder(model, spec)
     set_compute_dtype(model, "float32")
     fuse_group_query_attention(model, spec, max_length)
     follow_attention_mask(model)

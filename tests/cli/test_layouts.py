@@ -122,6 +122,13 @@ def test_what_a_layout_cannot_hold_is_refused(cli: Cli, graph: Path, bundle: Pat
     refused(checkpoint, 1, "names no eos_token_id")
 
 
+@pytest.mark.parametrize("command", [["inspect"], ["build", "-o", "new"], ["export", "-o", "new"]])
+def test_the_folder_is_no_checkpoint(command: list[str], cli: Cli, graph: Path, workplace: Path) -> None:
+    assert cli("export", graph, "-o", "out", "--layout", "genai", "--quiet").code == 0
+    cli(*command, "out").refused(1, "out was written by qwen-rt export --layout, for another runtime", "a checkpoint")
+    assert names(workplace) == {"out"}
+
+
 def test_a_layout_that_nobody_knows(cli: Cli, workplace: Path) -> None:
     assert cli("export", "nano", "-o", "out", "--layout", "gguf").code == 2
     assert names(workplace) == set()

@@ -311,6 +311,10 @@ class TestMalformed:
         [
             ({"architectures": "Qwen2ForCausalLM"}, 'architectures="Qwen2ForCausalLM"; expected a list'),
             ({"architectures": ..., "model_type": ...}, "neither model_type nor architectures"),
+            (
+                {"architectures": ..., "model_type": ..., "architecture": "Q", "mapping": {}, "quantization": {}},
+                "is of a TensorRT-LLM checkpoint; expected one in the Hugging Face layout",
+            ),
             ({"hidden_size": 3585}, "hidden_size=3585 with num_attention_heads=28"),
             ({"num_hidden_layers": 10_001}, "num_hidden_layers=10001; expected an integer from 1 to 10000"),
             ({"rope_scaling": 4.0}, "rope_scaling=4.0; expected an object or null"),
