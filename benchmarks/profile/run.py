@@ -72,9 +72,9 @@ def run(
         if file is not None and not file.parent.is_dir():
             raise UsageError(f"{option} {file}", "a folder that exists", f"make {file.parent}")
     if name.endswith(".json"):
-        for option, value in (("--json", json_file), ("--trace", trace), ("--prefill", prefill)):
-            if value is not None:
-                raise UsageError(f"{option} {value} with {name}", "something to measure", "name a bundle or a shape")
+        for option, wanted in (("--json", json_file), ("--trace", trace), ("--prefill", prefill)):
+            if wanted is not None:
+                raise UsageError(f"{option} {wanted} with {name}", "something to measure", "name a bundle or a shape")
         profiles, title = read_profiles(Path(name))
         print("\n\n".join(profile_text(profile, title) for profile in profiles), flush=True)
         if picture is not None:
