@@ -35,6 +35,7 @@ from qwen_rt.benchmarks.cpu_contest import (
     add_common_arguments,
     agreement,
     decode_metrics,
+    number_from,
     step_weights,
 )
 from qwen_rt.benchmarks.measure import Worker, package_python, run_child
@@ -159,9 +160,7 @@ def _build(name: str, contender: Contender) -> dict[str, float]:
     if not contender.build:
         return {}
     env = None if contender.python == sys.executable else {"PYTHONPATH": ""}
-    child = run_child(contender.build, env)
-    if child.returncode:
-        raise QwenRtError(f"{name}: building its model ended with {child.returncode}: {child.output[-300:]}")
+    child = run_child(contender.build, env).require(f"{name}: building its model")
     print(f"{name}: built in {child.wall_s:.1f} s with {child.peak_rss_bytes / 1e9:.2f} GB", flush=True)
     return {"build_s": child.wall_s, "build_peak_rss_gb": child.peak_rss_bytes / 1e9}
 
@@ -228,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description="A model of Qwen2-0.5B's shapes on the CPU, beside its peers.")
     parser.add_argument("--genai-python", type=Path, help="Python of an environment with onnxruntime-genai")
-    parser.add_argument("--prompt-tokens", type=int, default=128, help="length of the prompt (default: 128)")
+    parser.add_argument("--prompt-tokens", type=number_from(1), default=128, help="length of the prompt (default: 128)")
     add_common_arguments(parser, rounds=5, tokens=32)
     args = parser.parse_args(argv)
     try:

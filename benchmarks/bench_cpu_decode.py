@@ -27,11 +27,12 @@ from qwen_rt.benchmarks.cpu_contest import (
     add_common_arguments,
     agreement,
     decode_metrics,
+    number_from,
     sample,
     step_weights,
 )
 from qwen_rt.benchmarks.measure import Worker
-from qwen_rt.benchmarks.nano.heldout import load
+from qwen_rt.benchmarks.nano.heldout import NUM_HELDOUT, load
 from qwen_rt.benchmarks.nano.prompts import INSTRUCTION
 from qwen_rt.checkpoint import Checkpoint
 from qwen_rt.errors import QwenRtError
@@ -127,7 +128,9 @@ def _check(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description="Decoding of the nano checkpoint beside transformers, on the CPU.")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
+    parser.add_argument(
+        "--batch", type=number_from(1, NUM_HELDOUT), nargs="+", default=[1, 8], help="batch sizes (default: 1 8)"
+    )
     add_common_arguments(parser, rounds=7, tokens=128)
     args = parser.parse_args(argv)
     try:

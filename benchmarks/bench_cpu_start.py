@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_rt.benchmarks import harness
+from qwen_rt.benchmarks.cpu_contest import number_from
 from qwen_rt.benchmarks.measure import first_byte_seconds, num_cores, package_python
 from qwen_rt.benchmarks.nano.heldout import load
 from qwen_rt.benchmarks.nano.prompts import INSTRUCTION
@@ -80,8 +81,10 @@ def run(args: argparse.Namespace, folder: Path) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description="Seconds from launch to the first byte of text.")
-    parser.add_argument("--runs", type=int, default=7, help="processes of each (default: 7)")
-    parser.add_argument("--threads", type=int, default=num_cores(), help="threads of both (default: all cores)")
+    parser.add_argument("--runs", type=number_from(1), default=7, help="processes of each (default: 7)")
+    parser.add_argument(
+        "--threads", type=number_from(1), default=num_cores(), help="threads of both (default: all cores)"
+    )
     parser.add_argument("--work", type=Path, help="folder for temporary files (default: the system's)")
     parser.add_argument("--results", type=Path, help="folder of result rows (default: benchmarks/results)")
     args = parser.parse_args(argv)

@@ -20,6 +20,7 @@ from typing import Any
 
 from qwen_rt.benchmarks import harness
 from qwen_rt.benchmarks.checkpoints import QWEN2_72B, write_sparse
+from qwen_rt.benchmarks.cpu_contest import number_from
 from qwen_rt.benchmarks.measure import package_python, run_child
 from qwen_rt.bundle import GRAPH_FILE
 from qwen_rt.errors import QwenRtError, StorageError
@@ -74,9 +75,8 @@ def _blocks_bytes(paths: Sequence[Path]) -> int:
 
 def _measure(checkpoint: Path, shards: Sequence[Path], stored: Mapping[str, TensorRef], out: Path) -> dict[str, Any]:
     before = _blocks_bytes(shards)
-    child = run_child(package_python("-m", "qwen_rt", "export", str(checkpoint), "-o", str(out), "--quiet"))
-    if child.returncode:
-        raise QwenRtError(f"export ended with {child.returncode}: {child.output[-500:]}")
+    command = package_python("-m", "qwen_rt", "export", str(checkpoint), "-o", str(out), "--quiet")
+    child = run_child(command).require("export")
     files = [path for path in out.rglob("*") if path.is_file()]
     check = check_references(out / GRAPH_FILE, stored)
     written = _blocks_bytes(files)
@@ -135,7 +135,7 @@ def run(folder: Path, runs: int, results: Path | None) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description="Time, memory and bytes of exporting a checkpoint of 72B's size.")
-    parser.add_argument("--runs", type=int, default=3, help="exports to measure (default: 3)")
+    parser.add_argument("--runs", type=number_from(1), default=3, help="exports to measure (default: 3)")
     parser.add_argument("--work", type=Path, help="folder for temporary files (default: the system's)")
     parser.add_argument("--results", type=Path, help="folder of result rows (default: benchmarks/results)")
     args = parser.parse_args(argv)

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 
 from qwen_rt.benchmarks import harness
+from qwen_rt.benchmarks.gpu_rates import matrix_rate
 from qwen_rt.benchmarks.kernel_cases import OpCases
 from qwen_rt.benchmarks.kernel_shapes import SHAPES
 from qwen_rt.benchmarks.kernel_step import DecodeStep, OpCaller, capture
 from qwen_rt.benchmarks.latency_report import gpu_line
-from qwen_rt.benchmarks.measure import matrix_rate
 from qwen_rt.errors import MissingDependencyError, QwenRtError, VerificationError
 from qwen_rt.ops import KV_CACHE_FORMATS, OPS, WEIGHT_FORMATS
 from qwen_rt.plugins.library import NO_DEPENDENT_LAUNCH, PluginLibrary, load

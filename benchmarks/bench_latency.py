@@ -32,6 +32,7 @@ from typing import Any
 
 from qwen_rt.benchmarks import harness
 from qwen_rt.benchmarks.checkpoints import random_offsets, write_sparse
+from qwen_rt.benchmarks.gpu_rates import gpu_read_bandwidth, matrix_rates_of_child
 from qwen_rt.benchmarks.kernel_shapes import SHAPES, ModelShape
 from qwen_rt.benchmarks.latency import (
     BASE_PROMPT,
@@ -46,7 +47,7 @@ from qwen_rt.benchmarks.latency import (
     time_steps,
 )
 from qwen_rt.benchmarks.latency_report import draw_latency, latency_text, load_pyplot
-from qwen_rt.benchmarks.measure import gpu_read_bandwidth, matrix_rates_of_child, process_seconds
+from qwen_rt.benchmarks.measure import process_seconds
 from qwen_rt.bundle import Bundle
 from qwen_rt.checkpoint import Checkpoint
 from qwen_rt.errors import QwenRtError, UsageError

@@ -132,8 +132,7 @@ def main() -> int:
                 continue
             command = ["-m", "qwen_rt.benchmarks.bench_ort_weights", "--rows", str(args.rows), "--child"]
             done = run_child(package_python(*command, folder, source, product, stored))
-            if done.returncode:
-                raise QwenRtError(f"{source} {product} {stored} failed: {done.output[-300:]}")
+            done.require(f"{source} {product} {stored}")
             measured = json.loads(done.output.splitlines()[-1])
             found.append(({"source": source, "product": product, "stored": stored}, measured))
     expected = found[0][1]["result"]
@@ -161,4 +160,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except QwenRtError as error:
+        sys.exit(f"error: {error}")

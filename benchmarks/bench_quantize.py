@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from qwen_rt.benchmarks import harness
-from qwen_rt.benchmarks.checkpoints import QWEN2_72B, write_random, write_sparse
+from qwen_rt.benchmarks.checkpoints import QWEN2_7B, QWEN2_72B, write_random, write_sparse
 from qwen_rt.benchmarks.measure import package_python, run_child
 from qwen_rt.bundle import Bundle
 from qwen_rt.checkpoint import Checkpoint
@@ -39,13 +39,6 @@ from qwen_rt.quantization import FORMATS
 from qwen_rt.row_reader import CheckpointRows, StoredRows
 
 NAME = "quantize"
-QWEN2_7B: dict[str, Any] = QWEN2_72B | {
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-6,
-}
 MODELS: dict[str, dict[str, Any]] = {
     "7b": QWEN2_7B | {"num_hidden_layers": 2},
     "72b": QWEN2_72B | {"num_hidden_layers": 2},
@@ -54,7 +47,8 @@ MODELS: dict[str, dict[str, Any]] = {
 MAX_RSS_GB = 6.0
 _PROBE_BYTES = 1 << 30
 _ROWS = 3
-_DONE = re.compile(r"weights: done ([\d.]+) (k|M|G)B in ([\d.]+) (s|min)")
+_DONE = re.compile(r"weights: done [\d.]+ \w+ in ([\d.]+ (?:h|min|s)(?: \d+ (?:min|s))?)")
+_SECONDS = {"h": 3600, "min": 60, "s": 1}
 
 
 def max_rss_gb(config: dict[str, Any]) -> float:
@@ -111,21 +105,23 @@ def check_bundle(checkpoint: Path, bundle: Path) -> dict[str, Any]:
 
 
 def weights_seconds(output: str) -> float:
-    """Seconds that the conversion of the weights took, from the progress of a build."""
+    """Seconds that the conversion of the weights took, from the progress of a build: `3 min 05 s` are 185.
+
+    Raises:
+        QwenRtError: It does not tell.
+    """
     found = _DONE.search(output)
     if found is None:
         raise QwenRtError(f"no progress of the weights in {output[-500:]!r}")
-    return float(found[3]) * (60 if found[4] == "min" else 1)
+    words = found[1].split()
+    return sum(float(number) * _SECONDS[unit] for number, unit in zip(words[::2], words[1::2], strict=True))
 
 
 def measure(checkpoint: Path, model: str, precision: str, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Build once; returns the check and the metrics."""
     options = ["--target", "cuda", "--precision", precision, *(["--no-gate"] if model == "72b-whole" else [])]
-    child = run_child(
-        package_python("-m", "qwen_rt", "build", str(checkpoint), "-o", str(out), *options), timeout_s=3600
-    )
-    if child.returncode:
-        raise QwenRtError(f"build ended with {child.returncode}: {child.output[-500:]}")
+    command = package_python("-m", "qwen_rt", "build", str(checkpoint), "-o", str(out), *options)
+    child = run_child(command, timeout_s=3600).require("build")
     check = check_bundle(checkpoint, out)
     opened = Checkpoint.open(checkpoint)
     manifest = Bundle.open(out, "size").manifest

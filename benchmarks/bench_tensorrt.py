@@ -30,8 +30,7 @@ import ml_dtypes
 import numpy as np
 
 from qwen_rt.benchmarks import harness
-from qwen_rt.benchmarks.bench_quantize import QWEN2_7B
-from qwen_rt.benchmarks.checkpoints import QWEN2_72B, write_random
+from qwen_rt.benchmarks.checkpoints import QWEN2_7B, QWEN2_72B, write_random
 from qwen_rt.benchmarks.measure import package_python, run_child
 from qwen_rt.bundle import Bundle
 from qwen_rt.checkpoint import Checkpoint
@@ -84,11 +83,8 @@ def measure(checkpoint: Path, precision: str, out: Path, capabilities: Sequence[
     """Build once; returns check, metrics and the card's facts."""
     options = ["--target", "tensorrt-rtx", "--precision", precision, "--max-length", str(MAX_LENGTH)]
     options += ["--compute-capability", *capabilities, "--quiet"]
-    child = run_child(
-        package_python("-m", "qwen_rt", "build", str(checkpoint), "-o", str(out), *options), timeout_s=3600
-    )
-    if child.returncode:
-        raise QwenRtError(f"build ended with {child.returncode}: {child.output[-500:]}")
+    command = package_python("-m", "qwen_rt", "build", str(checkpoint), "-o", str(out), *options)
+    child = run_child(command, timeout_s=3600).require("build")
     weights = sum(ref.nbytes for ref in Checkpoint.open(checkpoint).tensors.values())
     card = EngineCard.from_json((out / CARD_FILE).read_bytes())
     facts = {

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen_rt.runtime.tokenizer import PRETOKENIZE_PATTERN
 from qwen_rt.safetensors_header import write_header
 from qwen_rt.spec import ModelSpec
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "QWEN2_05B",
+    "QWEN2_7B",
     "QWEN2_72B",
     "random_offsets",
     "split_shards",
@@ -59,6 +61,16 @@ QWEN2_72B: dict[str, Any] = _COMMON | {
     "tie_word_embeddings": False,
 }
 """config.json of Qwen2-72B."""
+
+QWEN2_7B: dict[str, Any] = QWEN2_72B | {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 28,
+    "rms_norm_eps": 1e-6,
+}
+"""config.json of Qwen2-7B."""
 
 QWEN2_05B: dict[str, Any] = _COMMON | {
     "hidden_size": 896,
@@ -254,12 +266,8 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
         }
         for index, text in enumerate(special)
     ]
-    pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": PRETOKENIZE_PATTERN}, "behavior": "Isolated", "invert": False}
     document = {
         "version": "1.0",
         "truncation": None,

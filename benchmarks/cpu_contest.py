@@ -19,6 +19,7 @@ __all__ = [
     "add_common_arguments",
     "agreement",
     "decode_metrics",
+    "number_from",
     "sample",
     "step_weights",
 ]
@@ -131,10 +132,28 @@ class Bandwidth:
         return {"memory_bandwidth_gb_s": self.memory_gb_s, "weight_bandwidth_gb_s": self.weight_gb_s}
 
 
+def number_from(low: int, high: int | None = None) -> Callable[[str], int]:
+    """Return a type of options: whole numbers from `low` to `high`; others end the command with a line."""
+
+    def read(text: str) -> int:
+        if text.isascii() and text.isdigit() and low <= int(text) and (high is None or int(text) <= high):
+            return int(text)
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no whole number from {low} {'on' if high is None else f'to {high}'}"
+        )
+
+    return read
+
+
 def add_common_arguments(parser: argparse.ArgumentParser, *, rounds: int, tokens: int) -> None:
     """Declare the options that all have."""
-    parser.add_argument("--rounds", type=int, default=rounds, help="timing rounds (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=tokens, help="tokens to generate (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=num_cores(), help="threads of each (default: all cores)")
+    parser.add_argument("--rounds", type=number_from(1), default=rounds, help="timing rounds (default: %(default)s)")
+    # Ours are timed from the end of one decode step to that of the next: two steps follow the first token.
+    parser.add_argument(
+        "--tokens", type=number_from(3), default=tokens, help="tokens to generate, 3 or more (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--threads", type=number_from(1), default=num_cores(), help="threads of each (default: all cores)"
+    )
     parser.add_argument("--work", type=Path, help="folder for temporary files (default: the system's)")
     parser.add_argument("--results", type=Path, help="folder of result rows (default: benchmarks/results)")

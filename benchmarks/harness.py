@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_rt._version import __version__
+from qwen_rt.benchmarks.row_file import append_line
 from qwen_rt.errors import VerificationError
 from qwen_rt.machine import read_cpu
 
@@ -78,7 +79,11 @@ FIELDS = (
 UNITS = ("_gb_s", "_tok_s", "_tflop_s", "_ms", "_us", "_s", "_gb", "_mb", "_bytes", "_tokens", "_ratio")
 """How the name of a metric ends."""
 
-_OLDER_SETTINGS = {"latency": {"kv_cache": "bf16"}, "cuda_accuracy": {"drawn": "plain"}}
+_OLDER_SETTINGS = {
+    "latency": {"kv_cache": "bf16"},
+    "timeline": {"kv_cache": "bf16"},
+    "cuda_accuracy": {"drawn": "plain"},
+}
 """Benchmark → settings that its first rows do not name, as there was one value only."""
 
 _STATISTICS = ("median", "p10", "p90", "n")
@@ -287,10 +292,8 @@ def make_row(
 
 
 def append_row(row: Mapping[str, Any], file: Path) -> None:
-    """Append a row to a file of rows."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    """Append a row to a file of rows, whole or not at all: see `append_line`."""
+    append_line(file, json.dumps(row, ensure_ascii=False, allow_nan=False).encode())
 
 
 def write_row(
@@ -381,12 +384,15 @@ def read_rows(folder: Path | None = None) -> list[dict[str, Any]]:
     """Return all rows of all benchmarks, file by file, oldest first.
 
     Raises:
-        ValueError: A line is no JSON object.
+        ValueError: A line is no JSON object; says which.
     """
     rows = []
     for file in sorted((RESULTS_FOLDER if folder is None else folder).glob("*.jsonl")):
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            row = json.loads(line)
+        for number, line in enumerate(file.read_bytes().splitlines(), 1):  # those of str split at U+2028 too
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{file.name}:{number} is no JSON: {error}") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{file.name}:{number} is no object")
             rows.append(row)

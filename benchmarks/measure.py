@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,28 +23,17 @@ from numpy.typing import NDArray
 from qwen_rt.errors import QwenRtError
 from qwen_rt.machine import last_json_line, read_cpu
 
-if TYPE_CHECKING:
-    from qwen_rt.plugins.library import PluginLibrary
-    from qwen_rt.runtime.cuda.cudart import Cudart
-
 __all__ = [
-    "NUM_READ_PROBES",
     "ChildResult",
     "Worker",
     "first_byte_seconds",
-    "gpu_read_bandwidth",
     "l3_bytes",
-    "matrix_rate",
-    "matrix_rates_of_child",
     "num_cores",
     "package_python",
     "process_seconds",
     "read_bandwidth",
     "run_child",
 ]
-
-NUM_READ_PROBES = 6
-"""Variants of `PluginLibrary.read_probe`."""
 
 # Linux counts the memory of the forking parent as the child's peak, so a small process stands in between.
 _LAUNCHER = """
@@ -64,6 +54,19 @@ class ChildResult:
     wall_s: float
     peak_rss_bytes: int
     output: str
+
+    def require(self, what: str) -> Self:
+        """Return this, of a program that ended well.
+
+        Args:
+            what: The program, for the error.
+
+        Raises:
+            QwenRtError: It did not; the end of what it printed is in the message.
+        """
+        if self.returncode:
+            raise QwenRtError(f"{what} ended with {self.returncode}: {self.output[-500:]}")
+        return self
 
 
 def package_python(*arguments: str) -> list[str]:
@@ -86,16 +89,19 @@ def run_child(command: Sequence[str], env: Mapping[str, str] | None = None, time
         QwenRtError: The program could not be started or did not end in time.
     """
     launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, *command]
-    try:
-        done = subprocess.run(
-            launcher, capture_output=True, text=True, env={**os.environ, **(env or {})}, timeout=timeout_s, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise QwenRtError(f"{' '.join(command[1:4])} ran for more than {timeout_s:g} s") from None
-    measured = last_json_line(done.stdout)
+    pipe, env = subprocess.PIPE, {**os.environ, **(env or {})}
+    with subprocess.Popen(launcher, stdout=pipe, stderr=pipe, text=True, env=env, start_new_session=True) as process:
+        try:
+            told, output = process.communicate(timeout=timeout_s)
+        except BaseException as error:  # the program goes with its launcher, or it would disturb what is measured next
+            os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise QwenRtError(f"{' '.join(command[1:4])} ran for more than {timeout_s:g} s") from None
+            raise
+    measured = last_json_line(told)
     if not isinstance(measured, list):
-        raise QwenRtError(f"{command[0]} could not be measured: {done.stderr[-300:]}")
-    return ChildResult(int(measured[0]), float(measured[1]), int(measured[2]), done.stderr)
+        raise QwenRtError(f"{command[0]} could not be measured: {output[-300:]}")
+    return ChildResult(int(measured[0]), float(measured[1]), int(measured[2]), output)
 
 
 def first_byte_seconds(command: Sequence[str], env: Mapping[str, str] | None = None) -> tuple[float, str]:
@@ -105,15 +111,17 @@ def first_byte_seconds(command: Sequence[str], env: Mapping[str, str] | None = N
         QwenRtError: It printed nothing or failed.
     """
     start = time.perf_counter()
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **(env or {})}
-    ) as child:
+    with (
+        tempfile.TemporaryFile() as errors,  # no pipe: one that is full would hold the child up
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env={**os.environ, **(env or {})}) as child,
+    ):
         assert child.stdout is not None
-        assert child.stderr is not None
         first = os.read(child.stdout.fileno(), 1)
         elapsed_s = time.perf_counter() - start
         rest = child.stdout.read()
-        trouble = child.stderr.read().decode(errors="replace")
+        child.wait()
+        errors.seek(0)
+        trouble = errors.read().decode(errors="replace")
     if not first or child.returncode:
         raise QwenRtError(f"{' '.join(command[1:4])} ended with {child.returncode}: {trouble[-300:]}")
     return elapsed_s, (first + rest).decode(errors="replace")
@@ -145,7 +153,11 @@ class Worker:
         self._errors: list[str] = []
         self._reader = threading.Thread(target=self._drain, daemon=True)
         self._reader.start()
-        self.loaded = self.ask("load", **options)
+        try:
+            self.loaded = self.ask("load", **options)
+        except BaseException:
+            self.close()
+            raise
 
     def _drain(self) -> None:
         assert self._process.stderr is not None
@@ -270,119 +282,6 @@ def _rate(buffers: list[NDArray[Any]], reduce: Callable[[NDArray[Any]], object],
     for reader in readers:
         reader.join()
     return sum(rates)
-
-
-def gpu_read_bandwidth(cuda: Cudart, library: PluginLibrary, nbytes: int = 8 << 30, repeats: int = 12) -> float:
-    """Measure how fast the GPU reads its memory: the fastest of several plain read kernels.
-
-    Args:
-        cuda: The CUDA runtime, with the device opened.
-        library: The plugins.
-        nbytes: Of the buffer, many times any L2; at most half of what is free is taken.
-        repeats: Reads by each kernel; the median counts.
-
-    Returns:
-        Bytes a second.
-
-    Raises:
-        QwenRtError: CUDA refused something.
-    """
-    from qwen_rt.runtime.cuda.memory import Resources
-
-    chunk = 16 << 20
-    nbytes = min(nbytes, cuda.memory_info()[0] // 2) // chunk * chunk
-    with contextlib.closing(Resources(cuda)) as resources:
-        stream, start, end = resources.stream(), resources.event(timing=True), resources.event(timing=True)
-        (data, _), (sink, _) = resources.device(nbytes), resources.device(chunk)
-        # Random bits, as weights have them: what is constant draws less power and is read at higher clocks.
-        source = resources.pinned(chunk)
-        source.array(np.uint8, (chunk,))[:] = np.random.default_rng(0).integers(0, 256, chunk, np.uint8)
-        for offset in range(0, nbytes, chunk):
-            cuda.copy(data + offset, source.host, chunk, stream)
-        rates = []
-        for variant in range(NUM_READ_PROBES):
-            samples = []
-            for _ in range(repeats + 2):
-                cuda.event_record(start, stream)
-                library.read_probe(data, nbytes, sink, variant, stream)
-                cuda.event_record(end, stream)
-                cuda.event_synchronize(end)
-                samples.append(cuda.elapsed_ms(start, end))
-            rates.append(nbytes / (sorted(samples[2:])[repeats // 2] * 1e-3))
-        cuda.stream_synchronize(stream)
-    return max(rates)
-
-
-def matrix_rate(device: int = 0, size: int = 8192, repeats: int = 20, dtype: str = "bf16") -> float | None:
-    """Measure how fast the GPU multiplies square matrices, by torch.
-
-    Args:
-        device: The GPU's number.
-        size: Rows and columns of both factors.
-        repeats: Products; the median counts.
-        dtype: `bf16`, or `fp8` for e4m3 numbers with a scale for each row of both factors, which gives bf16.
-
-    Returns:
-        Operations a second (2 size³ a product); None without torch, without a GPU that it can use, or where that GPU
-        or that torch has no such product.
-    """
-    try:
-        import torch
-    except ModuleNotFoundError:
-        return None
-    if not torch.cuda.is_available():
-        return None
-    torch.cuda.set_device(device)
-    a, b = (torch.empty(size, size, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(2))
-    multiply: Callable[[], object] = functools.partial(torch.matmul, a, b, out=torch.empty_like(a))
-    if dtype == "fp8":
-        first, second = (100 * factor for factor in (a, b))  # e4m3 reaches 448
-        ones = torch.ones(size, 1, device="cuda")
-        multiply = functools.partial(
-            torch._scaled_mm,
-            first.to(torch.float8_e4m3fn),
-            second.to(torch.float8_e4m3fn).t(),
-            scale_a=ones,
-            scale_b=ones.t(),
-            out_dtype=torch.bfloat16,
-            use_fast_accum=True,
-        )
-    samples = []
-    try:
-        for turn in range(repeats + 5):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            start.record()
-            multiply()
-            end.record()
-            end.synchronize()
-            if turn >= 5:
-                samples.append(start.elapsed_time(end) * 1e-3)
-    except (RuntimeError, NotImplementedError):
-        return None
-    return float(2 * size**3 / sorted(samples)[len(samples) // 2])
-
-
-_RATES_OF_CHILD = """
-import json, sys
-from qwen_rt.benchmarks.measure import matrix_rate
-print(json.dumps({dtype: matrix_rate(int(sys.argv[1]), dtype=dtype) for dtype in sys.argv[2:]}))
-"""
-
-
-def matrix_rates_of_child(device: int = 0, timeout_s: float = 120.0) -> dict[str, float]:
-    """Measure `matrix_rate` of bf16 and fp8 in a process of its own, so that torch leaves no memory on the device.
-
-    Returns:
-        `bf16` and `fp8` → operations a second, those that could be measured.
-    """
-    try:
-        command = package_python("-P", "-c", _RATES_OF_CHILD, str(device), "bf16", "fp8")
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
-    except subprocess.TimeoutExpired:
-        return {}
-    answer = last_json_line(done.stdout)
-    rates = answer if isinstance(answer, dict) else {}
-    return {dtype: float(rate) for dtype, rate in rates.items() if isinstance(rate, int | float) and rate > 0}
 
 
 def process_seconds() -> float:

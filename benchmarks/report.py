@@ -316,7 +316,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     group.add_argument("--picture", type=Path, metavar="FILE", help="draw one benchmark, .svg or .png")
     args = parser.parse_args(argv)
     try:
-        return _run(args, read_rows(args.results))
+        try:
+            rows = read_rows(args.results)
+        except ValueError as error:
+            raise UsageError(f"the result rows cannot be read: {error}", "one JSON object a line") from None
+        return _run(args, rows)
     except QwenRtError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -331,7 +335,10 @@ def _run(args: argparse.Namespace, rows: list[dict[str, Any]]) -> int:
         return 0
     stale = False
     for file in args.update or args.check or ():
-        text = file.read_text(encoding="utf-8")
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{file} cannot be read: {error}", "a UTF-8 document with markers") from None
         fresh = update(text, rows, str(file))
         if fresh == text:
             continue

@@ -207,7 +207,8 @@ def measure(
     timeline = Timeline(tuple(times), clock_us)
     settings = {
         "model": model.name,
-        "weights": "bf16",
+        "weights": model.precision,
+        "kv_cache": model.kv_format,
         "source": model.source,
         "layers": model.shape.layers,
         "rows": rows,
@@ -262,7 +263,8 @@ def run(
     )
     if output is not None:
         harness.append_row(row, output)
-    title = f"{model.name} bf16, {rows} row{'s' * (rows > 1)}, prompt {prompt}, one {gpu.name}"
+    cache = "" if model.kv_format == "bf16" else f", {model.kv_format} KV cache"
+    title = f"{model.name} {model.precision}{cache}, {rows} row{'s' * (rows > 1)}, prompt {prompt}, one {gpu.name}"
     print(timeline_text(timeline, title, metrics), flush=True)
     if picture is not None:
         atomic_write_bytes(picture, draw_timeline(timeline.times, timeline.idle_us, timeline.clock_us, title).encode())

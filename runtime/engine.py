@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen_rt.errors import UsageError
 from qwen_rt.runtime.outputs import StreamChunk
 from qwen_rt.runtime.request import Request
 from qwen_rt.runtime.sampler import Sampler
@@ -86,7 +87,7 @@ class SlotSession(Protocol):
         write_indices: NDArray[np.int64],
         logits_indices: NDArray[np.int64],
     ) -> NDArray[np.float32]:
-        """Run the model over new tokens of the rows `first_row … first_row + B - 1`.
+        """Run the model over new tokens of the rows `first_row … first_row + B - 1`, whose keys and values it writes.
 
         Args:
             cache: One of `new_cache`. With S = 1 and `first_row` 0, the first token of rows behind those that take
@@ -113,6 +114,7 @@ class Engine:
 
     def __init__(self, session: SlotSession, num_tokens: int, max_num_seqs: int) -> None:
         self.session, self.num_tokens, self.max_num_seqs = session, num_tokens, max_num_seqs
+        self._is_closed = False
 
     @property
     def capacity(self) -> int:
@@ -124,7 +126,30 @@ class Engine:
 
         The cache holds as many rows as run at once, each as long as the longest request can get. Closing the iterator
         ends all requests and frees the cache.
+
+        Args:
+            requests: One or more; those with short prompts are admitted first.
+
+        Returns:
+            The chunks; nothing runs before the first is asked for.
+
+        Raises:
+            UsageError: Sampling settings that do not fit the vocabulary, of whichever request; or, from the iterator,
+                the engine was closed.
+            CapacityError: From the iterator: the cache cannot be had.
         """
+        for request in requests:  # else the one that is refused would end those that run by then
+            self._sampler().add(request.params, request.prompt_ids)
+        return self._chunks(requests)
+
+    def close(self) -> None:
+        """Run nothing more; the session stays open. Closing twice does nothing."""
+        self._is_closed = True
+
+    def _sampler(self) -> Sampler:
+        return Sampler([], self.session.spec.vocab_size, [], num_tokens=self.num_tokens)
+
+    def _chunks(self, requests: Sequence[Request]) -> Iterator[StreamChunk]:
         waiting = deque(sorted(requests, key=lambda request: len(request.prompt_ids)))  # alike ones prefill together
         num_rows = min(self.max_num_seqs, len(requests))
         capacity = max(len(request.prompt_ids) + request.max_tokens for request in requests)
@@ -135,9 +160,11 @@ class Engine:
             cache.close()
 
     def _run(self, cache: SlotCache, waiting: deque[Request]) -> Iterator[StreamChunk]:
-        sampler = Sampler([], self.session.spec.vocab_size, [], num_tokens=self.num_tokens)
+        sampler = self._sampler()
         running: list[Request] = []
         while waiting or running:
+            if self._is_closed:
+                raise UsageError("the model is closed", "an open one", "load the bundle again")
             joining = [waiting.popleft() for _ in range(min(cache.num_rows - len(running), len(waiting)))]
             if joining:
                 for request in joining:

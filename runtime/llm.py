@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -116,13 +116,14 @@ class LLM:
     def close(self) -> None:
         """Give the model's memory back and generate nothing more. Closing twice does nothing."""
         engine, self._engine = self._engine, None
-        if isinstance(engine, PagedEngine):
-            try:
+        try:
+            if engine is not None:
                 engine.close()
-            finally:
+        finally:
+            if isinstance(engine, PagedEngine):
                 engine.executor.close()
-        if self._compiled is not None:
-            self._compiled.close()
+            if self._compiled is not None:
+                self._compiled.close()
 
     def __enter__(self) -> Self:
         return self
@@ -217,16 +218,18 @@ class LLM:
     def _as_prompts(self, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
         if isinstance(prompts, str):
             return [self.tokenizer.encode(prompts)]
+        if isinstance(prompts, bytes | bytearray | Mapping) or not isinstance(prompts, Iterable):
+            raise UsageError(f"prompts of type {type(prompts).__name__}", "a text, token ids, or a list of these")
         items = list(prompts)
         if not items:
             raise UsageError("no prompt", "a text, token ids, or a list of these")
-        if all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+        if _are_ids(items):
             return [[int(item) for item in items]]  # type: ignore[arg-type]
         encoded: list[list[int]] = []
         for item in items:
             if isinstance(item, str):
                 encoded.append(self.tokenizer.encode(item))
-            elif isinstance(item, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in item):
+            elif isinstance(item, Sequence) and not isinstance(item, bytes | bytearray) and _are_ids(item):
                 encoded.append([int(i) for i in item])
             else:
                 raise UsageError(f"prompt of type {type(item).__name__}", "a text or a list of token ids")
@@ -240,7 +243,14 @@ class LLM:
     ) -> list[Request]:
         if params is not None and overrides:
             raise UsageError(f"params and {min(overrides)}", "one of the two", "put it into SamplingParams")
-        many = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
+        many: Sequence[SamplingParams | None]
+        if params is None or isinstance(params, SamplingParams):
+            many = [params] * len(prompts)
+        elif isinstance(params, Sequence) and all(isinstance(one, SamplingParams | None) for one in params):
+            many = params
+        else:
+            fix = "pass temperature=0.7 and so on by name"
+            raise UsageError(f"params={params!r:.80}", "SamplingParams, or a list with one for each prompt", fix)
         if len(many) != len(prompts):
             raise UsageError(f"{len(many)} sampling params for {len(prompts)} prompts", "one, or one for each prompt")
         if "stop_token_ids" in overrides:
@@ -316,6 +326,10 @@ def _load_compiled(bundle: Bundle, device: int, kv_memory: int | None, max_num_s
     from qwen_rt.runtime.tensorrt.session import TensorRtSession
 
     return TensorRtSession(bundle, device=device, kv_memory=kv_memory, max_rows=max_num_seqs)
+
+
+def _are_ids(items: Iterable[object]) -> bool:
+    return all(isinstance(item, int) and not isinstance(item, bool) for item in items)
 
 
 def _is_messages(prompt: object) -> bool:

@@ -29,13 +29,13 @@ class StreamChunk:
     Attributes:
         index: Which request of the call.
         text: New text, whole characters; may be empty.
-        token_id: The token that was chosen; None in a last chunk that only flushes held-back text.
+        token_id: The token that was chosen.
         finish_reason: None while it runs; then `stop` (a stop token or stop string) or `length`.
     """
 
     index: int
     text: str
-    token_id: int | None
+    token_id: int
     finish_reason: str | None
 
 

@@ -206,13 +206,18 @@ class _Run:
                 self.executor.wait_step(step.number)
 
     def pause(self) -> None:
-        """Leave the executor to another run; the tokens of steps under way are kept."""
+        """Leave the executor to another run; the tokens of steps under way are kept.
+
+        An error of such a step is not the other run's to tell: the step is dropped, and as the rows are told anew it
+        runs again, and fails again, when this run goes on.
+        """
         self._is_told = False
         try:
-            while self.under_way:
-                self._wait()
+            with contextlib.suppress(Exception):
+                while self.under_way:
+                    self._wait()
         finally:
-            self.drain()  # after an error: what is dropped here runs again, for the rows are told anew
+            self.drain()
 
     def _end(self) -> None:
         try:

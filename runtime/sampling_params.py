@@ -152,8 +152,11 @@ def resolve_stop_tokens(tokenizer: Tokenizer, items: Iterable[str | int]) -> tup
         The ids, in order, each once.
 
     Raises:
-        UsageError: an id that is no token, or text that is not a single token; names the nearest added tokens.
+        UsageError: an id that is no token, or text that is not a single token; names the nearest added tokens. Or
+            neither ids nor texts.
     """
+    if not isinstance(items, Iterable | int):
+        raise UsageError(f"stop tokens {items!r}", "a list of token ids or texts")
     found: dict[int, None] = {}
     for item in [items] if isinstance(items, str | int) else items:
         if isinstance(item, str):

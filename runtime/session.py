@@ -66,17 +66,13 @@ class CpuSession:
         write_indices: NDArray[np.int64],
         logits_indices: NDArray[np.int64],
     ) -> NDArray[np.float32]:
-        """Run the model over new tokens and write their keys and values into the cache.
-
-        Args:
-            cache: The cache; rows `first_row … first_row + B - 1` take part.
-            first_row: First of the B rows.
-            input_ids: int64[B, S]. With B > 1 and S > 1 every `write_indices` must be 0.
-            write_indices: int64[B], cache position of each row's first token.
-            logits_indices: int64[B], token of each row whose logits are wanted, 0 … S - 1.
+        """Run the model over new tokens and write their keys and values into the cache: see `SlotSession.run`.
 
         Returns:
             Logits, float32[B, V]. The buffer is reused by the next call of the same shape: copy what must stay.
+
+        Raises:
+            QwenRtError: ONNX Runtime fails.
         """
         batch, num_tokens = input_ids.shape
         bindings = self._bindings.setdefault(cache, {})

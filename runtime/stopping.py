@@ -48,11 +48,6 @@ class StopChecker:
         self._held = ""
         self.matched: str | None = None
 
-    @property
-    def finish_reason(self) -> str | None:
-        """``"stop"`` once a stop string has matched, else None."""
-        return None if self.matched is None else "stop"
-
     def push(self, piece: str, *, check: bool = True) -> str:
         """Take a piece of text and return what is now certain to belong to the output.
 

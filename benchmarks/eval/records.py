@@ -148,11 +148,10 @@ def open_answers(folder: Path, settings: Mapping[str, Any], *, force: bool = Fal
         folder.mkdir(exist_ok=True)
         names = [path.name for path in folder.iterdir() if not _UNFINISHED.fullmatch(path.name)]
     settings_file, path = folder / SETTINGS_FILE, folder / ANSWERS_FILE
-    if SETTINGS_FILE not in names:
-        if names:
-            what = f"{folder} is not empty and holds no {SETTINGS_FILE}"
-            raise StorageError(what, "a new folder, or one of `qwen-rt eval`", "choose another folder")
-        _write_json(settings_file, settings)
+    # Without settings there may be an empty file of answers, of a run that was killed as it began.
+    if SETTINGS_FILE not in names and any(name != ANSWERS_FILE or path.stat().st_size for name in names):
+        what = f"{folder} is not empty and holds no {SETTINGS_FILE}"
+        raise StorageError(what, "a new folder, or one of `qwen-rt eval`", "choose another folder")
     with storage_errors(path):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
     try:
@@ -167,6 +166,8 @@ def open_answers(folder: Path, settings: Mapping[str, Any], *, force: bool = Fal
             answers.truncate(0)
             _write_json(settings_file, settings)
         else:
+            if not settings_file.exists():  # under the lock: of two runs that begin at once only one writes them
+                _write_json(settings_file, settings)
             _compare(_read_json(settings_file), settings, folder)
             answers.read()
         yield answers

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from qwen_rt.runtime.tokenizer import PRETOKENIZE_PATTERN
+
 from .heldout import excluded_questions
 from .problems import stream
 from .prompts import CHAT_TEMPLATE, ENDOFTEXT, IM_END, IM_START, INSTRUCTION, SPECIAL_TOKENS, SYSTEM
@@ -22,9 +24,6 @@ MAX_VOCAB_SIZE = 1280
 VOCAB_MULTIPLE = 128
 TOKENIZER_SEED = 7
 NUM_TRAINING_PROBLEMS = 20_000
-PRETOKENIZE = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 GENERAL_TEXT = """
 This is a small language model for tests and demonstrations. It knows a little mathematics: whole numbers, simple
 equations and short stories with numbers in them. Please ask it one question at a time. Hello! Thank you very much for
@@ -48,7 +47,7 @@ def train_tokenizer() -> Tokenizer:
     """Train the tokenizer; the result depends on constants of this module and the problem generator alone."""
     tokenizer = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False))
     tokenizer.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(PRETOKENIZE), behavior="isolated", invert=False)
+    split = pre_tokenizers.Split(Regex(PRETOKENIZE_PATTERN), behavior="isolated", invert=False)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)

@@ -166,7 +166,6 @@ class Cupti:
         self._free: list[ctypes.Array[ctypes.c_char]] = []
         self._given: dict[int, ctypes.Array[ctypes.c_char]] = {}
         self._full: list[tuple[int, int]] = []
-        self._trouble: list[str] = []
         # CUPTI calls them from threads of its own until the process ends.
         self._callbacks = _REQUEST(self._request), _COMPLETE(self._complete)
         self._call("cuptiActivityRegisterCallbacks", *self._callbacks)
@@ -202,8 +201,8 @@ class Cupti:
         for address, nbytes in full:
             found += parse_buffer(self._library, address, nbytes)
             self._free.append(self._given.pop(address))
-        if dropped.value or self._trouble:
-            raise CuptiError(f"CUPTI lost {dropped.value} records {' '.join(self._trouble)}".rstrip())
+        if dropped.value:
+            raise CuptiError(f"CUPTI lost {dropped.value} records")
         return sorted(found, key=lambda activity: (activity.start_ns, activity.end_ns))
 
     def timestamp_ns(self) -> int:

@@ -28,6 +28,7 @@ from qwen_rt.benchmarks.profile.profile import Profile, Span
 from qwen_rt.benchmarks.profile.waterfall import Call, Step, make_waterfall, middle_half
 from qwen_rt.bundle import Bundle
 from qwen_rt.errors import QwenRtError, UsageError
+from qwen_rt.runtime.engine import PREFILL_CHUNK
 from qwen_rt.runtime.llm import LLM
 from qwen_rt.runtime.sampling_params import SamplingParams
 
@@ -56,32 +57,37 @@ def kind_of(node: str, op_type: str) -> str:
 # ---------------------------------------------------------------- from the profile to steps
 
 
-def node_steps(events: Sequence[Mapping[str, Any]], num_steps: int, *, with_between: bool = True) -> list[Step]:
-    """Read the last runs of a profile.
+def node_steps(
+    events: Sequence[Mapping[str, Any]], num_steps: int, *, runs_each: int = 1, with_between: bool = True
+) -> list[Step]:
+    """Read the last steps of a profile.
 
     Args:
         events: As ONNX Runtime wrote them.
-        num_steps: How many runs, from the end; the one before them must be there, for its end.
-        with_between: Whether a step begins at the end of the one before; else where its own run begins.
+        num_steps: How many steps, from the end; the run before them must be there, for its end.
+        runs_each: Runs of a step: chunks of a prompt.
+        with_between: Whether a step begins at the end of the one before; else where its own first run begins.
 
     Raises:
         QwenRtError: Too few runs.
     """
+    num_runs = num_steps * runs_each
     runs = [event for event in events if event.get("name") == "model_run"]
-    if len(runs) <= num_steps:
-        raise QwenRtError(f"the profile has {len(runs)} runs", f"more than {num_steps}")
+    if len(runs) <= num_runs:
+        raise QwenRtError(f"the profile has {len(runs)} runs", f"more than {num_runs}")
     nodes = [event for event in events if event.get("cat") == "Node" and str(event.get("name", "")).endswith(_ENDING)]
     nodes.sort(key=lambda event: event["ts"])
-    steps: list[Step] = []
+    found: list[Step] = []
     done_us = 0.0
-    for run in runs[-num_steps - 1 :]:
+    for run in runs[-num_runs - 1 :]:
         end = run["ts"] + run["dur"]
         calls = tuple(_call(event) for event in nodes if run["ts"] <= event["ts"] <= end)
         if not calls:
             raise QwenRtError("a run in the profile has no nodes")
-        steps.append(Step(done_us if with_between else float(run["ts"]), calls))
-        done_us = steps[-1].end_us
-    return steps[1:]
+        found.append(Step(done_us if with_between else float(run["ts"]), calls))
+        done_us = found[-1].end_us
+    parts = [found[first : first + runs_each] for first in range(1, len(found), runs_each)]
+    return [Step(part[0].begin_us, tuple(call for run in part for call in run.calls)) for part in parts]
 
 
 def _call(event: Mapping[str, Any]) -> Call:
@@ -159,9 +165,21 @@ def _floors(
             count = parameters.get(op.split(" ")[-1], 0) * (rows if op.endswith("lm_head") else rows * tokens)
             flops = 2 * count
             if op == "GroupQueryAttention":
-                flops = 2 * rows * tokens * tokens * shape.heads * shape.head_dim
+                flops = int(2 * rows * tokens * (2 * length - tokens) * shape.heads * shape.head_dim)
             floors[op] = max(floors[op], 1e6 * flops / rate)
     return floors, read
+
+
+def _prefill_floors(
+    bundle: Bundle, tokens: int, bandwidth: float, rate: float
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the same of a prompt of one row that is read in chunks: the mean of an op's calls in all of them."""
+    chunks = [
+        _floors(bundle, 1, min(PREFILL_CHUNK, tokens - at), min(at + PREFILL_CHUNK, tokens), bandwidth, rate)
+        for at in range(0, tokens, PREFILL_CHUNK)
+    ]
+    floors = {op: statistics.fmean(us[op] for us, _ in chunks) for op in chunks[0][0]}
+    return floors, {op: statistics.fmean(read[op] for _, read in chunks) for op in chunks[0][1]}
 
 
 def matrix_rate(seconds: float = 1.0) -> float:
@@ -301,8 +319,8 @@ def profile_bundle(
     rate = matrix_rate()
     described["matrix_gflop_s"] = round(rate / 1e9, 1)
     events = _events(bundle, 1, threads, [(prefill, 1)] * (_PREFILLS + 1))
-    floors, read = _floors(bundle, 1, prefill, prefill, bandwidth, rate)
-    found = node_steps(events, _PREFILLS, with_between=False)
+    floors, read = _prefill_floors(bundle, prefill, bandwidth, rate)
+    found = node_steps(events, _PREFILLS, runs_each=-(-prefill // PREFILL_CHUNK), with_between=False)
     return [decode, _profile("prefill", settings | {"rows": 1, "prompt": prefill}, found, floors, read)], described
 
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from qwen_rt.errors import MissingDependencyError, QwenRtError
 from qwen_rt.ops import DOMAIN, OPS, PluginOp
-from qwen_rt.plugins.tensorrt.plugin import INPUT_NAMES, OUTPUT_NAMES, Launcher, NodeSettings, plugin_class
+from qwen_rt.plugins.library import PluginLibrary
+from qwen_rt.plugins.tensorrt.plugin import INPUT_NAMES, OUTPUT_NAMES, NodeSettings, plugin_class
 
 __all__ = ["creator_class", "read_fields", "register", "register_with", "takes_plugins", "unregister"]
 
@@ -32,7 +33,7 @@ def read_fields(trt: Any, collection: Any) -> dict[str, str | float]:
     return found
 
 
-def creator_class(trt: Any, op: PluginOp, library: Launcher, fill: Callable[[int, int, int, int], None]) -> Any:
+def creator_class(trt: Any, op: PluginOp, library: PluginLibrary, fill: Callable[[int, int, int, int], None]) -> Any:
     """Make the creator class of an op; see `plugin_class` for the arguments."""
     made = plugin_class(trt, op, library, fill)
 
@@ -60,7 +61,7 @@ def creator_class(trt: Any, op: PluginOp, library: Launcher, fill: Callable[[int
     return Creator
 
 
-def register(trt: Any, library: Launcher, fill: Callable[[int, int, int, int], None]) -> list[Any]:
+def register(trt: Any, library: PluginLibrary, fill: Callable[[int, int, int, int], None]) -> list[Any]:
     """Register the creators of all ops, in the namespace `qwen_rt`, each with its op's version.
 
     Args:
@@ -82,7 +83,9 @@ def register(trt: Any, library: Launcher, fill: Callable[[int, int, int, int], N
     return register_with(trt.get_plugin_registry(), trt, library, fill)
 
 
-def register_with(registry: Any, trt: Any, library: Launcher, fill: Callable[[int, int, int, int], None]) -> list[Any]:
+def register_with(
+    registry: Any, trt: Any, library: PluginLibrary, fill: Callable[[int, int, int, int], None]
+) -> list[Any]:
     """Register the creators of all ops with a registry."""
     creators: list[Any] = []
     for op in OPS:

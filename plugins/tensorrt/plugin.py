@@ -5,16 +5,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from qwen_rt.errors import UsageError
 from qwen_rt.ops import COUNTER_BYTES, DOMAIN, MAX_ROWS, POLYMORPHIC, OpTensor, PluginOp
-from qwen_rt.plugins.library import NO_DEPENDENT_LAUNCH
+from qwen_rt.plugins.library import NO_DEPENDENT_LAUNCH, PluginLibrary
 from qwen_rt.plugins.tensorrt.shapes import ExprArithmetic, output_shapes, untold_outputs
 
-__all__ = ["INPUT_NAMES", "OUTPUT_NAMES", "Launcher", "NodeSettings", "make_field", "plugin_class"]
+__all__ = ["INPUT_NAMES", "OUTPUT_NAMES", "NodeSettings", "make_field", "plugin_class"]
 
 INPUT_NAMES, OUTPUT_NAMES = "input_names", "output_names"
 """Fields that say which inputs and outputs a node has: their names in the table, in order, joined by commas."""
@@ -33,29 +33,6 @@ _TYPES = {
 
 _SIZES_TRIED = 256
 _NO_ALIAS = -1
-
-
-class Launcher(Protocol):
-    """What plugins need of `qwen_rt.plugins.library.PluginLibrary`."""
-
-    def launch(
-        self,
-        op: str,
-        tensors: Sequence[int | None],
-        dims: Sequence[int],
-        attributes: Sequence[float] = (),
-        *,
-        stream: int = 0,
-        workspace: int | None = None,
-        workspace_bytes: int = 0,
-        flags: int = 0,
-    ) -> None:
-        """Enqueue an op."""
-        ...
-
-    def workspace_bytes(self, op: str, dims: Sequence[int]) -> int:
-        """Return the device bytes that an op wants."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -134,7 +111,7 @@ def _named(op: PluginOp, tensors: Sequence[OpTensor], names: object) -> tuple[Op
     return found
 
 
-def plugin_class(trt: Any, op: PluginOp, library: Launcher, fill: Callable[[int, int, int, int], None]) -> Any:
+def plugin_class(trt: Any, op: PluginOp, library: PluginLibrary, fill: Callable[[int, int, int, int], None]) -> Any:
     """Make the class of an op.
 
     TensorRT gives a plugin workspace of its own in every call, with anything in it. So the counters that an op expects

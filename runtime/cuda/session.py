@@ -88,7 +88,7 @@ class CudaSession:
             raise BundleError(
                 f"{bundle.path} has target {manifest.target}",
                 "a bundle of target cuda",
-                f"build one: qwen-rt build {bundle.path} --target cuda -o BUNDLE",
+                f"build one: qwen-rt build {manifest.checkpoint.path} --target cuda -o BUNDLE",
             )
         source = FileWeights(bundle.weight_files) if weights is None else weights
         settings = Settings(device, kv_memory, max_rows, chunk_tokens, num_tokens, capture, quiet)
@@ -342,7 +342,9 @@ class CudaSession:
 
     def memory_report(self) -> MemoryReport:
         """Return who holds how much of the device."""
-        return self._opened().memory_report()
+        model = self._opened()
+        self._cuda.set_device(self._device)  # the thread may have another one, and its memory would be told
+        return model.memory_report()
 
     def time_decode(self, rows: int, prompt: int, steps: int) -> list[float]:
         """Return the milliseconds of each of `steps` decode steps of `rows` rows with `prompt` tokens in the cache."""

@@ -189,15 +189,10 @@ class TensorRtSession:
         write_indices: NDArray[np.int64],
         logits_indices: NDArray[np.int64],
     ) -> NDArray[np.float32]:
-        """Run the model over new tokens and write their keys and values into the cache.
+        """Run the model over new tokens and write their keys and values into the cache: see `SlotSession.run`.
 
-        Args:
-            cache: Leased rows; `first_row … first_row + B - 1` of them take part. A call with S = 1 and `first_row` 0
-                may also overwrite the first token of rows behind them, which must hold nothing.
-            first_row: First of the B rows.
-            input_ids: int64[B, S].
-            write_indices: int64[B], cache position of each row's first token.
-            logits_indices: int64[B], token of each row whose logits are wanted, 0 … S - 1.
+        `write_indices` may be any. A call with S = 1 and `first_row` 0 may overwrite the first token of rows behind
+        those that take part, which must hold nothing.
 
         Returns:
             Logits, float32[B, V]. The buffer is reused by the next call: copy what must stay.
@@ -335,6 +330,7 @@ class TensorRtSession:
     def memory_report(self) -> MemoryReport:
         """Return who holds how much of the device; `runtime` is TensorRT's contexts and the captured steps."""
         self._opened()
+        self._cuda.set_device(self._device)  # the thread may have another one, and its memory would be told
         return MemoryReport(**self._bytes, driver_used=self._free_at_start - self._cuda.memory_info()[0])
 
     def close(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,44 @@ def test_a_written_row_reads_back_with_every_field(tmp_path: Path) -> None:
     assert row["bars"] == {"a": {"limit": 2, "value": 1.0, "met": True}}
     write(tmp_path, {"itl_ms": 2.0})
     assert len(harness.read_rows(tmp_path)) == 2
+
+
+def test_a_row_is_one_line_whatever_its_texts_hold(tmp_path: Path) -> None:
+    """What Unicode and `str.splitlines` take for the end of a line is none here."""
+    row = write(tmp_path, {"itl_ms": 1.0}, settings={"model": "a\u2028b\x85c\x0bd\ne"})
+    assert harness.read_rows(tmp_path) == [row]
+
+
+def test_a_torn_line_costs_no_other_row(tmp_path: Path) -> None:
+    row = write(tmp_path, {"itl_ms": 1.0})
+    file = tmp_path / "bench.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole + whole[:40])
+    write(tmp_path, {"itl_ms": 2.0})
+    lines = file.read_bytes().split(b"\n")
+    assert (lines[0], lines[1]) == (whole[:-1], whole[:40])
+    assert json.loads(lines[2])["metrics"] == {"itl_ms": 2.0}
+    with pytest.raises(ValueError, match=r"bench\.jsonl:2 is no JSON: "):
+        harness.read_rows(tmp_path)
+    file.write_bytes(b"\n".join([lines[0], *lines[2:]]))
+    assert harness.read_rows(tmp_path)[0] == row
+
+
+def test_a_row_goes_out_whole_or_not_at_all(tmp_path: Path) -> None:
+    """A process that may write 15 kB writes a short line, and of one of 40 kB nothing."""
+    program = (
+        "import resource, signal, sys, pathlib\n"
+        "from qwen_rt.benchmarks.row_file import append_line\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, 15_000))\n"
+        "append_line(pathlib.Path(sys.argv[1]), b'a' * 20)\n"
+        "append_line(pathlib.Path(sys.argv[1]), b'b' * 40_000)\n"
+    )
+    file = tmp_path / "rows" / "bench.jsonl"
+    done = subprocess.run([sys.executable, "-c", program, str(file)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "StorageError: " in done.stderr
+    assert file.read_bytes() == b"a" * 20 + b"\n"
 
 
 @pytest.mark.parametrize("check", [{}, {"passed": False}, {"passed": 1}])

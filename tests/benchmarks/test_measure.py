@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
+import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+from qwen_rt.benchmarks import bench_cpu_05b, bench_cpu_decode, bench_cpu_start, bench_export_72b
 from qwen_rt.benchmarks.bench_export_72b import check_references
 from qwen_rt.benchmarks.checkpoints import (
     QWEN2_05B,
@@ -20,11 +25,10 @@ from qwen_rt.benchmarks.checkpoints import (
     write_sparse,
 )
 from qwen_rt.benchmarks.cpu_contest import agreement, step_weights
+from qwen_rt.benchmarks.gpu_rates import NUM_READ_PROBES, gpu_read_bandwidth, matrix_rates_of_child
 from qwen_rt.benchmarks.measure import (
-    NUM_READ_PROBES,
+    Worker,
     first_byte_seconds,
-    gpu_read_bandwidth,
-    matrix_rates_of_child,
     package_python,
     process_seconds,
     read_bandwidth,
@@ -61,6 +65,52 @@ def test_a_failing_child_tells() -> None:
         run_child(package_python("-c", "import time; time.sleep(60)"), timeout_s=0.5)
 
 
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_child_that_takes_too_long_is_gone(tmp_path: Path) -> None:
+    """It would go on beside whatever is measured next."""
+    told = tmp_path / "pid"
+    program = f"import os, pathlib, time; pathlib.Path({str(told)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    with pytest.raises(QwenRtError, match="for more than 3 s"):
+        run_child(package_python("-c", program), timeout_s=3)
+    pid, until = int(told.read_text()), time.monotonic() + 5
+    while _is_alive(pid) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not _is_alive(pid)
+
+
+def test_a_child_that_must_succeed() -> None:
+    assert run_child(package_python("-c", "print('done')")).require("it").output == "done\n"
+    with pytest.raises(QwenRtError, match="the build ended with 1: no room"):
+        run_child(package_python("-c", "raise SystemExit('no room')")).require("the build")
+
+
+def test_a_child_that_says_much_on_stderr_first_is_not_held_up() -> None:
+    program = "import sys; sys.stderr.write('x' * (1 << 20)); print('a')"
+    assert first_byte_seconds(package_python("-c", program))[1] == "a\n"
+
+
+def test_a_worker_that_cannot_load_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    popen = subprocess.Popen
+
+    def start(*args: Any, **options: Any) -> Any:
+        started.append(popen(*args, **options))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with pytest.raises(QwenRtError, match="qwen-rt: "):
+        Worker(sys.executable, "qwen-rt", {"model": "no-such-bundle", "threads": 1})
+    (process,) = started
+    assert process.returncode == 0
+    assert process.stdout.closed
+
+
 def test_first_byte_comes_before_the_end() -> None:
     program = "import time; print('a', end='', flush=True); time.sleep(1); print('b')"
     elapsed_s, text = first_byte_seconds(package_python("-c", program))
@@ -81,6 +131,25 @@ def test_agreement_stops_at_the_first_difference() -> None:
         "num_same": 4,
         "share_same": 0.6667,
     }
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        (bench_cpu_decode, ["--rounds", "0"]),
+        (bench_cpu_decode, ["--tokens", "2"]),
+        (bench_cpu_decode, ["--batch", "1", "1001"]),
+        (bench_cpu_05b, ["--prompt-tokens", "0"]),
+        (bench_cpu_start, ["--runs", "-1"]),
+        (bench_export_72b, ["--runs", "0"]),
+    ],
+)
+def test_numbers_that_give_no_figure_are_refused_at_once(
+    module: ModuleType, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        module.main(arguments)
+    assert "is no whole number from " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("config", "billions"), [(QWEN2_05B, 0.494), (QWEN2_72B, 71.46)])
@@ -147,10 +216,10 @@ def test_without_a_gpu_there_is_no_matrix_rate(monkeypatch: pytest.MonkeyPatch) 
         'print(\'{"bf16": "fast"}\')',
         "import time; time.sleep(60)",
     ):
-        monkeypatch.setattr("qwen_rt.benchmarks.measure._RATES_OF_CHILD", program)
+        monkeypatch.setattr("qwen_rt.benchmarks.gpu_rates._CHILD", program)
         assert matrix_rates_of_child(timeout_s=2.0 if "sleep" in program else 60.0) == {}
     program = "print('noise'); print('{\"bf16\": 7.9e14, \"fp8\": null}')"
-    monkeypatch.setattr("qwen_rt.benchmarks.measure._RATES_OF_CHILD", program)
+    monkeypatch.setattr("qwen_rt.benchmarks.gpu_rates._CHILD", program)
     assert matrix_rates_of_child() == {"bf16": 7.9e14}
 
 

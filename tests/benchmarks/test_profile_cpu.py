@@ -14,6 +14,7 @@ from qwen_rt.benchmarks.profile import on_cpu
 from qwen_rt.benchmarks.profile.on_cpu import kind_of, matrix_bytes, node_steps, profile_bundle
 from qwen_rt.bundle import Bundle
 from qwen_rt.errors import QwenRtError, UsageError
+from qwen_rt.runtime import engine
 
 
 def run(at: int, *nodes: tuple[str, str, int, int]) -> list[dict[str, Any]]:
@@ -46,6 +47,13 @@ def test_steps_of_a_profile() -> None:
     assert own[0].shares() == [(10.0, 20.0), (2.0, 8.0)]
     with pytest.raises(QwenRtError, match="the profile has 3 runs; expected more than 3"):
         node_steps(three_runs(), 3)
+
+
+def test_runs_of_a_prompt_in_chunks_are_one_step() -> None:
+    (step,) = node_steps(three_runs(), 1, runs_each=2, with_between=False)
+    assert (step.begin_us, step.end_us, len(step.calls)) == (100.0, 240.0, 4)
+    with pytest.raises(QwenRtError, match="the profile has 3 runs; expected more than 4"):
+        node_steps(three_runs(), 2, runs_each=2)
 
 
 def test_kinds() -> None:
@@ -102,6 +110,24 @@ def test_nano(nano_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = bundle.manifest.model
     flops = 2 * 32 * shape.hidden_size * shape.intermediate_size * shape.num_layers
     assert floors["Gemm down_proj"] == pytest.approx(max(1e6 * flops / 1e11, floors["Gemm down_proj"] * 0))
+
+
+def test_a_prefill_in_chunks(nano_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every profile of it has all chunks, and its floor is that of the whole prompt."""
+    monkeypatch.setattr(on_cpu, "read_bandwidth", lambda nbytes, threads: {"gb_s": 1000.0})
+    monkeypatch.setattr(on_cpu, "matrix_rate", lambda: 1e11)
+    monkeypatch.setattr(on_cpu, "PREFILL_CHUNK", 32)
+    monkeypatch.setattr(engine, "PREFILL_CHUNK", 32)
+    bundle, tokens = Bundle.open(nano_bundle), 80
+    (_, prefill), _ = profile_bundle(bundle, 1, 8, 4, tokens, 1)
+    spec, of_op = bundle.manifest.model, {op.op: op for op in prefill.waterfall.ops}
+    assert len(prefill.steps) == on_cpu._PREFILLS
+    calls = of_op["Gemm qkv_proj"].calls, of_op["Gemm lm_head"].calls
+    assert calls == pytest.approx((3 * spec.num_layers, 3))
+    flops = 2 * tokens * spec.hidden_size * spec.intermediate_size * spec.num_layers
+    assert of_op["Gemm down_proj"].floor_us == pytest.approx(1e6 * flops / 1e11)
+    attention = 2 * tokens**2 * spec.num_heads * spec.head_dim * spec.num_layers
+    assert of_op["GroupQueryAttention"].floor_us == pytest.approx(1e6 * attention / 1e11)
 
 
 def test_too_long(nano_bundle: Path) -> None:

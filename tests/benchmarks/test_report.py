@@ -106,6 +106,14 @@ def test_markers_that_cannot_be_filled_are_refused() -> None:
         report.update("<!-- results:cpu_decode -->\n", ROWS)
 
 
+def test_files_that_cannot_be_read_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "cpu_decode.jsonl").write_text("{}\n{")
+    assert report.main(["--results", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: the result rows cannot be read: cpu_decode.jsonl:2 is no JSON")
+    assert report.main(["--check", str(tmp_path / "none.md")]) == 2
+    assert "none.md cannot be read: " in capsys.readouterr().err
+
+
 def test_picture(tmp_path: Path) -> None:
     write_results(tmp_path, ROWS)
     for name in ("bars.svg", "bars.png"):

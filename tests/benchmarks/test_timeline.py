@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
 from collections.abc import Iterator
@@ -280,6 +281,18 @@ def test_a_run_writes_a_row_a_table_and_a_picture(
     shown = capsys.readouterr().out
     assert shown.startswith(f"tiny bf16, {rows} row{plural}, prompt {prompt}, one A GPU; µs")
     assert len(shown.splitlines()) == 5 + steps
+
+
+@pytest.mark.usefixtures("found")
+def test_a_row_says_what_is_stored(
+    opened: tuple[bench_latency.Model, bench_latency.Gpu], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    stored = dataclasses.replace(opened[0], precision="int4", kv_format="int8")
+    monkeypatch.setattr(timeline, "find_model", lambda *_: stored)
+    timeline.run("tiny", 1, 128, 2, output=tmp_path / "rows" / "timeline.jsonl", quiet=True)
+    (row,) = harness.read_rows(tmp_path / "rows")
+    assert (row["settings"]["weights"], row["settings"]["kv_cache"]) == ("int4", "int8")
+    assert capsys.readouterr().out.startswith("tiny int4, int8 KV cache, 1 row, prompt 128")
 
 
 @pytest.mark.usefixtures("found")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import resource
 from pathlib import Path
 from typing import Any
@@ -156,6 +158,33 @@ def test_one_evaluation_at_a_time(tmp_path: Path) -> None:
         pytest.raises(StorageError, match="another evaluation writes"),
         open_answers(tmp_path / "new", SETTINGS, force=True),
     ):
+        pass
+
+
+def test_of_two_that_begin_at_once_one_runs_with_its_own_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, others = tmp_path / "new", SETTINGS | {"datasets": {"e": {}}}
+    plain, stack = os.open, contextlib.ExitStack()
+
+    def open_second(*arguments: Any, **options: Any) -> int:
+        monkeypatch.setattr(os, "open", plain)
+        stack.enter_context(open_answers(folder, SETTINGS))  # the other one, between our look and our lock
+        return plain(*arguments, **options)
+
+    with stack:
+        monkeypatch.setattr(os, "open", open_second)
+        with pytest.raises(StorageError, match="another evaluation writes"), open_answers(folder, others):
+            pass
+    assert json.loads((folder / "settings.json").read_text("utf-8")) == SETTINGS
+
+
+def test_a_run_killed_as_it_began_is_not_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "answers.jsonl").touch()
+    _fill(tmp_path / "new", 1)
+    (tmp_path / "new" / "settings.json").unlink()
+    with pytest.raises(StorageError, match="holds no settings"), open_answers(tmp_path / "new", SETTINGS):
         pass
 
 

@@ -1,15 +1,7 @@
-"""kill -9 while a bundle is built: it is complete or absent, and building again gives what was never disturbed.
-
-A driver process imports everything once and forks a child for each build, so that a moment of the build can be hit
-and not a moment of importing. Children die in two ways: by a signal from outside at random times, and by their own
-hand at every step that touches the disk, which an audit hook counts.
-"""
+"""kill -9 while a bundle is built: it is complete or absent, and building again gives what was never disturbed."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import random
 import shutil
 import signal
@@ -22,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from qwen_rt.bundle import MANIFEST_FILE, Bundle
-from qwen_rt.errors import BundleError, StorageError
+from qwen_rt.bundle import MANIFEST_FILE
+from qwen_rt.errors import StorageError
 from qwen_rt.export import build as build_module
 from qwen_rt.export import weights
 from qwen_rt.export.build import BuildOptions, build
@@ -40,116 +32,19 @@ from ..cli.kit import (
     shared_bundle,
     shared_graph,
 )
-
-DRIVER = r"""
-import json, os, sys
-import qwen_rt.export.build, qwen_rt.export.weights
-from qwen_rt.cli import main
-
-qwen_rt.export.weights.BLOCK_BYTES = 1 << 20
-STEPS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
-
-
-def die_at(step, folder):
-    # Steps of the build: what changes names on the disk below the folder, and files opened there for writing.
-    count = 0
-
-    def hook(event, args):
-        nonlocal count
-        if event == "open":
-            counts = isinstance(args[0], str) and args[0].startswith(folder) and (args[2] or 0) & os.O_CREAT
-        else:
-            counts = event in STEPS
-        if counts:
-            count += 1
-            if count == step:
-                os.kill(os.getpid(), 9)
-
-    sys.addaudithook(hook)
-
-
-for line in sys.stdin:
-    job = json.loads(line)
-    pid = os.fork()
-    if not pid:
-        os.write(1, f"{os.getpid()}\n".encode())
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        qwen_rt.export.weights.MAX_FILE_BYTES = job["file_bytes"]
-        if job["step"]:
-            die_at(job["step"], job["folder"])
-        os._exit(main(job["arguments"]))
-    _, status = os.waitpid(pid, 0)
-    os.write(1, f"{os.waitstatus_to_exitcode(status)}\n".encode())
-"""
-
-
-class _Driver:
-    """Runs builds in forked children."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", DRIVER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment(),
-            text=True,
-            bufsize=1,
-        )
-
-    def _read(self) -> int:
-        assert self.process.stdout is not None
-        return int(self.process.stdout.readline())
-
-    def build(
-        self,
-        out: Path,
-        *options: str,
-        kill_when: Callable[[], bool] | None = None,
-        step: int = 0,
-        file_bytes: int = 2 << 20,
-    ) -> int:
-        """Build and return the exit code, -9 if the child was killed: when a condition holds, or at a step."""
-        assert self.process.stdin is not None
-        arguments = ["build", str(shared_graph()), "-o", str(out), "--quiet", *options]
-        job: dict[str, Any] = {"arguments": arguments, "step": step, "folder": str(out.parent)}
-        job["file_bytes"] = file_bytes
-        self.process.stdin.write(json.dumps(job) + "\n")
-        pid = self._read()
-        if kill_when is not None:
-            while not kill_when() and Path(f"/proc/{pid}").exists():
-                time.sleep(0.0005)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        return self._read()
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.wait(30)
-        self.process.stdout.close()
+from .kill_kit import BuildDriver, complete_or_absent
 
 
 @pytest.fixture(scope="module")
-def driver() -> Iterator[_Driver]:
-    running = _Driver()
+def driver() -> Iterator[BuildDriver]:
+    running = BuildDriver()
     yield running
     running.close()
 
 
-def _complete_or_absent(out: Path) -> bool:
-    """Whether the bundle is there; what is there without being complete fails the test."""
-    if out.exists():
-        Bundle.open(out, check="full")
-        return True
-    stage = out.parent / f".{out.name}.partial"
-    if stage.exists() and not (stage / MANIFEST_FILE).exists():
-        with pytest.raises(BundleError):
-            Bundle.open(stage)
-    return False
-
-
-def _finish(driver: _Driver, out: Path, expected: dict[str, bytes], *options: str, file_bytes: int = 2 << 20) -> None:
+def _finish(
+    driver: BuildDriver, out: Path, expected: dict[str, bytes], *options: str, file_bytes: int = 2 << 20
+) -> None:
     assert driver.build(out, *options, file_bytes=file_bytes) == 0
     assert contents(out) == expected
     assert names(out.parent) == {out.name}, "hidden files of the killed builds stayed"
@@ -164,7 +59,7 @@ def _finish(driver: _Driver, out: Path, expected: dict[str, bytes], *options: st
     ids=["floats", "quantized"],
 )
 def test_killed_from_outside_at_random_moments(
-    options: tuple[str, ...], file_bytes: int, driver: _Driver, tmp_path: Path
+    options: tuple[str, ...], file_bytes: int, driver: BuildDriver, tmp_path: Path
 ) -> None:
     """Each build goes on from what the killed one before it left: a random time after a random number of files."""
     assert driver.build(tmp_path / "undisturbed", *options, file_bytes=file_bytes) == 0
@@ -188,7 +83,7 @@ def test_killed_from_outside_at_random_moments(
         code = driver.build(out, *options, kill_when=reached, file_bytes=file_bytes)
         assert code in (0, -signal.SIGKILL)
         killed += code != 0
-        if _complete_or_absent(out):
+        if complete_or_absent(out):
             assert contents(out) == undisturbed
             shutil.rmtree(out)
     assert killed >= 10
@@ -210,14 +105,14 @@ def _until_it_survives(stride: int, kill_at: Callable[[int], int], check: Callab
 
 
 @STRIDES
-def test_killed_at_every_step(stride: int, driver: _Driver, tmp_path: Path) -> None:
+def test_killed_at_every_step(stride: int, driver: BuildDriver, tmp_path: Path) -> None:
     """Every file that is made, renamed or removed: a small bundle, so that all steps can be tried."""
     expected = contents(shared_bundle())
     out = tmp_path / "out"
     shown = []
 
     def check(step: int) -> None:
-        shown.append(_complete_or_absent(out))
+        shown.append(complete_or_absent(out))
         if out.exists():
             assert contents(out) == expected
             shutil.rmtree(out)
@@ -231,7 +126,7 @@ def test_killed_at_every_step(stride: int, driver: _Driver, tmp_path: Path) -> N
 
 
 @STRIDES
-def test_killed_at_every_step_of_a_replacement(stride: int, driver: _Driver, tmp_path: Path) -> None:
+def test_killed_at_every_step_of_a_replacement(stride: int, driver: BuildDriver, tmp_path: Path) -> None:
     """`--force`: at every moment the old bundle is there or the new one, and each is complete."""
     old, new = tmp_path / "old", contents(shared_bundle())
     assert driver.build(old, "--max-length", "64") == 0
@@ -243,7 +138,7 @@ def test_killed_at_every_step_of_a_replacement(stride: int, driver: _Driver, tmp
     seen = set()
 
     def check(step: int) -> None:
-        assert _complete_or_absent(out), f"step {step}: neither of the two"
+        assert complete_or_absent(out), f"step {step}: neither of the two"
         found = contents(out)
         assert found in (before, new)
         seen.add(found == new)
@@ -285,7 +180,7 @@ def test_the_real_command_killed_while_it_traces_and_writes(tmp_path: Path) -> N
         time.sleep(share * seconds)
         process.kill()
         killed += process.wait(60) != 0
-        if _complete_or_absent(out):
+        if complete_or_absent(out):
             assert contents(out) == expected
             shutil.rmtree(out)
     assert killed >= 5

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qwen_rt.errors import UsageError
 from qwen_rt.runtime.engine import PREFILL_CHUNK, Engine, plan_prefill
 from qwen_rt.runtime.kv_cache import KVCache
 from qwen_rt.runtime.llm import LLM
@@ -174,6 +175,33 @@ def test_closing_the_iterator_frees_the_cache(nano: LLM, prompts: list[list[int]
     stream.close()  # type: ignore[attr-defined]
     gc.collect()
     assert recorder.caches[0]() is None
+
+
+def test_settings_that_cannot_be_are_refused_before_anything_runs(nano: LLM, prompts: list[list[int]]) -> None:
+    """Also those of a request that would have joined late, when others have their answers."""
+    recorder = Recorder(nano)
+    params = [SamplingParams(max_tokens=2, temperature=0.0)] * 8 + [SamplingParams(logit_bias={10**6: 1.0})]
+    requests = nano._requests(prompts, params, {})
+    with pytest.raises(UsageError, match="logit_bias token 1000000 is outside the vocabulary"):
+        Engine(recorder, nano.tokenizer.vocab_size, 2).run(requests)  # type: ignore[arg-type]
+    assert not recorder.sizes
+    assert not recorder.calls
+
+
+def test_a_closed_engine_runs_nothing(nano: LLM, prompts: list[list[int]]) -> None:
+    recorder = Recorder(nano)
+    engine = Engine(recorder, nano.tokenizer.vocab_size, 2)  # type: ignore[arg-type]
+    params = SamplingParams(max_tokens=50, temperature=0.0)
+    stream = engine.run(nano._requests(prompts[:1], params, {}))
+    next(stream)
+    engine.close()
+    num_calls = len(recorder.calls)
+    for unwanted in (stream, engine.run(nano._requests(prompts[:1], params, {}))):
+        with pytest.raises(UsageError, match="the model is closed"):
+            next(unwanted)
+    gc.collect()
+    assert len(recorder.calls) == num_calls
+    assert [cache() for cache in recorder.caches] == [None] * len(recorder.caches)
 
 
 def test_a_prompt_of_several_chunks_is_read_as_one(nano: LLM) -> None:

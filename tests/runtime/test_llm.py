@@ -327,6 +327,14 @@ def test_special_tokens_in_a_message_are_plain_text(nano: LLM, prompt: list[int]
         (lambda llm: llm.generate([[1, 10**9]]), "prompt token 1000000000"),
         (lambda llm: llm.generate([1.5]), "prompt of type float"),
         (lambda llm: llm.generate([[True]]), "prompt of type list"),
+        (lambda llm: llm.generate(b"ab"), "prompts of type bytes; expected a text"),
+        (lambda llm: llm.generate({"a": 1}), "prompts of type dict"),
+        (lambda llm: llm.generate(None), "prompts of type NoneType"),
+        (lambda llm: llm.generate([b"ab"]), "prompt of type bytes"),
+        (lambda llm: llm.generate("a", {"temperature": 0}), r"params=\{'temperature': 0\}; expected SamplingParams"),
+        (lambda llm: llm.generate(["a"], [{"temperature": 0}]), r"params=\[\{'temperature': 0\}\]; expected"),
+        (lambda llm: llm.generate("a", 3), "params=3; expected"),
+        (lambda llm: llm.generate("a", stop_token_ids=None), "stop tokens None; expected a list"),
         (lambda llm: llm.generate(["a", "b"], [SamplingParams()]), "1 sampling params for 2 prompts"),
         (lambda llm: llm.generate("a", SamplingParams(), max_tokens=3), "params and max_tokens"),
         (
@@ -359,6 +367,17 @@ def test_misuse_is_one_clear_error(nano: LLM, call: Callable[[LLM], Any], messag
 def test_options_of_the_model_are_checked(nano_bundle: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         LLM(nano_bundle, **options)
+
+
+def test_a_closed_model_generates_nothing_more(nano_bundle: Path) -> None:
+    llm = LLM(nano_bundle, num_threads=1)
+    stream = llm.stream(QUESTION)
+    next(stream)
+    llm.close()
+    llm.close()
+    for call in (lambda: next(stream), lambda: llm.chat(QUESTION), lambda: llm.session):
+        with pytest.raises(UsageError, match="is closed; expected an open one"):
+            call()
 
 
 def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:

@@ -317,6 +317,24 @@ def test_two_streams_at_once_take_turns() -> None:
     check_idle(paged)
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_an_error_of_one_stream_does_not_end_another(which: int) -> None:
+    """What fails while a stream is left for another runs again when it goes on; the other never hears of it."""
+    paged, device = engine(2)
+    device.takes_any_tokens = True
+    params = dataclasses.replace(GREEDY, max_tokens=20)
+    stream = paged.run(first := requests_of([PROMPTS[0]], params))
+    next(stream)
+    next(stream)
+    assert device.num_under_way == 2
+    device.fail_at = ("wait", sum(call[0] == "wait" for call in device.calls) + which)
+    (other,) = requests_of([PROMPTS[5]], params)
+    assert [len(list(paged.run([other]))), len(list(stream))] == [20, 18]
+    for request, ids in ((other, PROMPTS[5]), (first[0], PROMPTS[0])):
+        assert tuple(request.output_ids) == alone(ids, params).token_ids
+    check_idle(paged)
+
+
 def test_a_stream_that_holds_all_blocks_is_named() -> None:
     paged, _ = engine(2, num_blocks=5)
     long = dataclasses.replace(GREEDY, max_tokens=50)

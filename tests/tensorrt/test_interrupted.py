@@ -13,14 +13,12 @@ from typing import Any
 
 import pytest
 
-from qwen_rt.bundle import MANIFEST_FILE, Bundle
 from qwen_rt.engine_card import engine_file
-from qwen_rt.errors import BundleError
 from qwen_rt.export.tensorrt import engines
 from qwen_rt.export.tensorrt.progress import STEPS
 
 from ..cli.kit import names
-from ..export import test_build_kill
+from ..export.kill_kit import BuildDriver, complete_or_absent
 from .kit import engine_build, needs_rtx, same_bundle
 
 needs_rtx()
@@ -30,25 +28,14 @@ OPTIONS = ("--target", "tensorrt-rtx", "--max-length", "64", "--compute-capabili
 
 
 @pytest.fixture(scope="module")
-def driver() -> Iterator[Any]:
-    running = test_build_kill._Driver()
+def driver() -> Iterator[BuildDriver]:
+    running = BuildDriver()
     yield running
     running.close()
 
 
-def _complete_or_absent(out: Path) -> bool:
-    if out.exists():
-        Bundle.open(out, check="full")
-        return True
-    stage = out.parent / f".{out.name}.partial"
-    if stage.exists() and not (stage / MANIFEST_FILE).exists():
-        with pytest.raises(BundleError):
-            Bundle.open(stage)
-    return False
-
-
 @pytest.mark.parametrize("stride", [9, pytest.param(2, marks=pytest.mark.slow)])
-def test_killed_at_every_step(stride: int, driver: Any, tmp_path: Path) -> None:
+def test_killed_at_every_step(stride: int, driver: BuildDriver, tmp_path: Path) -> None:
     """kill -9 whenever a file is made, renamed or removed; every build goes on from what the killed one left."""
     options = (*OPTIONS, "--no-gate")
     assert driver.build(tmp_path / "whole", *options) == 0
@@ -59,7 +46,7 @@ def test_killed_at_every_step(stride: int, driver: Any, tmp_path: Path) -> None:
     for step in range(1, 500, stride):
         code = driver.build(out, *options, step=step)
         assert code in (0, -signal.SIGKILL)
-        if _complete_or_absent(out):
+        if complete_or_absent(out):
             assert same_bundle(out, tmp_path / "whole")
             shutil.rmtree(out)
         if code == 0:
@@ -71,7 +58,7 @@ def test_killed_at_every_step(stride: int, driver: Any, tmp_path: Path) -> None:
     assert names(place) == {"out"}
 
 
-def test_killed_while_the_engine_is_written(driver: Any, tmp_path: Path) -> None:
+def test_killed_while_the_engine_is_written(driver: BuildDriver, tmp_path: Path) -> None:
     """The engine has no name until it is whole."""
     options = (*OPTIONS, "--no-gate")
     out = tmp_path / "out"
@@ -84,7 +71,7 @@ def test_killed_while_the_engine_is_written(driver: Any, tmp_path: Path) -> None
     assert driver.build(out, *options, kill_when=reached) == -signal.SIGKILL
     assert not out.exists()
     assert driver.build(out, *options) == 0
-    assert _complete_or_absent(out)
+    assert complete_or_absent(out)
     assert names(tmp_path) == {"out"}
 
 

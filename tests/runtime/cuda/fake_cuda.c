@@ -12,7 +12,8 @@
 
 enum { DEVICE, PINNED, STREAM, EVENT, GRAPH, EXEC, KINDS };
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static int64_t live[KINDS], live_bytes, allocations, fail_at = -1, launches;
+static int64_t live[KINDS], live_bytes[16], allocations, fail_at = -1, launches;
+static __thread int current; /* the calling thread's device */
 
 typedef struct Node {
     void (*run)(void*);
@@ -21,7 +22,7 @@ typedef struct Node {
 } Node;
 typedef struct { Node *first, *last; int kind; } Graph;
 typedef struct { Graph* capture; } Stream;
-typedef struct { int64_t size; char pad[248]; } Header;
+typedef struct { int64_t size, device; char pad[240]; } Header;
 
 static int64_t setting(const char* name, int64_t otherwise) {
     const char* text = getenv(name);
@@ -52,31 +53,36 @@ static void gone(int kind) {
 int cudaDriverGetVersion(int* v) { *v = (int)setting("FAKE_DRIVER", 13000); return 0; }
 int cudaRuntimeGetVersion(int* v) { *v = (int)setting("FAKE_RUNTIME", 13000); return 0; }
 int cudaGetDeviceCount(int* v) { *v = (int)setting("FAKE_DEVICES", 1); return *v ? 0 : 100; }
-int cudaSetDevice(int device) { return device < setting("FAKE_DEVICES", 1) ? 0 : 101; }
+int cudaSetDevice(int device) {
+    if (device >= setting("FAKE_DEVICES", 1)) return 101;
+    current = device;
+    return 0;
+}
 int cudaDeviceGetAttribute(int* v, int attribute, int device) {
     const int sm = (int)setting("FAKE_SM", 90);
     *v = attribute == 75 ? sm / 10 : sm % 10;
-    return device;
+    return device == current ? 0 : 101;
 }
 int cudaMemGetInfo(size_t* free_bytes, size_t* total) {
     *total = (size_t)setting("FAKE_TOTAL", 8ll << 30);
-    *free_bytes = *total - (size_t)live_bytes;
+    *free_bytes = *total - (size_t)live_bytes[current];
     return 0;
 }
 static int take(void** out, size_t size, int kind) {
-    if (kind == DEVICE && live_bytes + (int64_t)size > setting("FAKE_TOTAL", 8ll << 30)) return 2;
+    if (kind == DEVICE && live_bytes[current] + (int64_t)size > setting("FAKE_TOTAL", 8ll << 30)) return 2;
     if (refused(kind)) return 2;
     Header* header = aligned_alloc(256, (sizeof(Header) + size + 255) / 256 * 256);
     header->size = (int64_t)size;
+    header->device = current;
     memset(header + 1, 0xA5, size < (64 << 20) ? size : (64 << 20)); /* what nobody has written is no zero */
-    if (kind == DEVICE) live_bytes += (int64_t)size;
+    if (kind == DEVICE) live_bytes[current] += (int64_t)size;
     *out = header + 1;
     return 0;
 }
 static int give(void* pointer, int kind) {
     if (!pointer) return 0;
     Header* header = (Header*)pointer - 1;
-    if (kind == DEVICE) live_bytes -= header->size;
+    if (kind == DEVICE) live_bytes[header->device] -= header->size;
     free(header);
     gone(kind);
     return 0;

@@ -170,5 +170,8 @@ def test_the_exporters_graph_is_bound_as_it_declares(gpu: FakeGpu, nano_portable
 
 
 def test_a_bundle_of_another_target_is_refused(gpu: FakeGpu, nano_bundle: Path) -> None:
-    with pytest.raises(BundleError, match="has target cpu; expected a bundle of target cuda"):
-        CudaSession(Bundle.open(nano_bundle), platform=gpu.platform())
+    """The command that the message names is one that works: a bundle is built from a checkpoint, not from another."""
+    bundle = Bundle.open(nano_bundle)
+    command = f"qwen-rt build {bundle.manifest.checkpoint.path} --target cuda"
+    with pytest.raises(BundleError, match=f"has target cpu; expected a bundle of target cuda; build one: {command}"):
+        CudaSession(bundle, platform=gpu.platform())

@@ -72,6 +72,19 @@ def test_the_report_agrees_with_the_driver(session: CudaSession, gpu: FakeGpu) -
     assert report.buffers > report.workspace > 0
 
 
+def test_the_report_is_of_the_sessions_own_device(
+    gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever device the calling thread has, as that of the session that was opened last."""
+    monkeypatch.setenv("FAKE_DEVICES", "2")
+    with open_session(gpu, tmp_path, device=1) as session:
+        expected = session.memory_report()
+        gpu.cuda.set_device(0)
+        assert session.memory_report() == expected
+        assert expected.driver_used > 4 << 20
+    gpu.cuda.set_device(0)
+
+
 def test_closing_twice_gives_everything_back(gpu: FakeGpu, tmp_path: Path) -> None:
     session = open_session(gpu, tmp_path)
     row = request(prompt_of(4), [1], presence_penalty=1.0, logprobs=1)

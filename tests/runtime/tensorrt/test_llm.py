@@ -128,7 +128,7 @@ def test_a_closed_model_ends_its_streams(llm: LLM, prompts: list[list[int]]) -> 
     stream = llm.stream(prompts[0], temperature=0.0)
     next(stream)
     llm.close()
-    with pytest.raises(UsageError, match="the session is closed"):
+    with pytest.raises(UsageError, match="the model is closed"):
         next(stream)
     llm.close()
 

@@ -277,6 +277,19 @@ def test_the_memory_report_adds_up(session: TensorRtSession, spec: ModelSpec) ->
     assert report.total == report.driver_used
 
 
+def test_the_report_is_of_the_sessions_own_device(
+    bundle: Path, platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_DEVICES", "2")
+    session = open_session(bundle, platform, device=1)
+    expected = session.memory_report()
+    platform.cuda.set_device(0)
+    assert session.memory_report() == expected
+    assert expected.driver_used > MIB
+    session.close()
+    platform.cuda.set_device(0)
+
+
 def test_rows_are_zeroed_when_they_are_leased(session: TensorRtSession, spec: ModelSpec) -> None:
     """Fresh memory of the fake is not zero, and a request may leave NaN: nothing of it may reach a sum."""
     cache = session.new_cache(2, 60)
