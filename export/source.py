@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +11,9 @@ import onnx_ir as ir
 
 from qwen_rt.bundle import MANIFEST_FILE, Bundle
 from qwen_rt.checkpoint import NANO, Checkpoint
-from qwen_rt.errors import BundleError
+from qwen_rt.errors import BundleError, StorageError
 
-__all__ = ["Source", "open_source"]
+__all__ = ["Source", "open_source", "refuse_overlap"]
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,26 @@ def open_source(path: str | Path) -> Source:
         )
     shards = [Path(shard.path) for _, shard in sorted(link.shards.items())] or sorted(bundle.weight_files.values())
     return Source(Checkpoint.open(bundle.path, shards), link.path, link.fingerprint, bundle.graph_file)
+
+
+def refuse_overlap(source: Source, out: Path, files: Iterable[Path] = ()) -> None:
+    """Refuse to replace what a build reads, or what it would refer to.
+
+    Args:
+        source: What is built from.
+        out: Folder to make.
+        files: What else is read, such as a text for calibration.
+
+    Raises:
+        StorageError: One of them lies in `out`, or has a name that no manifest can hold.
+    """
+    target = out.resolve()
+    read = [source.checkpoint.path, *(header.path for header in source.checkpoint.headers), *files]
+    for path in read:
+        if path.absolute().is_relative_to(target) or path.resolve().is_relative_to(target):
+            raise StorageError(f"{out} holds {path}, which is read", "a folder of its own", "choose another --output")
+    for path in read:
+        try:
+            str(path).encode("utf-8")
+        except UnicodeEncodeError:
+            raise StorageError(f"{path} is not UTF-8", "a name that a manifest can hold", "rename it") from None

@@ -20,6 +20,7 @@ from qwen_rt.progress import Progress
 
 __all__ = ["BuildPlan", "compile_engine"]
 
+_NO_MEMORY = "OutOfMemory"  # as the library calls it, of the GPUs or of this machine
 _WAIT_S = 0.01
 
 
@@ -108,6 +109,11 @@ def compile_engine(
         raise run.error
     if not run.done:
         reason = reason_of(network.log.errors, network.layer_names())
+        if _NO_MEMORY in reason:
+            raise GraphError(
+                f"{flavour.title} has not the memory to build the engine: {reason}",
+                fix="choose a smaller --max-batch, --prefill-tokens or --max-length",
+            )
         raise GraphError(
             f"{flavour.title} does not build {reason or 'the engine, and does not say why'}",
             fix="choose another --precision, or another --compute-capability",
