@@ -39,6 +39,7 @@ LAYOUT_FILE = "qwen_rt_layout.json"
 NANO = "nano"
 """The name that opens the checkpoint shipped with this package; `./nano` is a folder of that name."""
 
+_TRTLLM_FILES = ("qwen-rt.json", "rank0.safetensors")  # of a folder of `qwen-rt build --target trtllm`
 _CONFIG = "config.json"
 _GENERATION_CONFIG = "generation_config.json"
 _SINGLE = "model.safetensors"
@@ -105,6 +106,12 @@ class Checkpoint:
         """
         folder = _nano_folder() if path == NANO else Path(path).absolute()
         _require_folder(folder)
+        if all(_exists(folder / name) for name in _TRTLLM_FILES):
+            raise CheckpointError(
+                f"{folder} is a checkpoint for TensorRT-LLM, which qwen-rt build wrote",
+                "a checkpoint of Hugging Face's form",
+                "hand it to trtllm-build, or build from the checkpoint that it was made from",
+            )
         config, config_digest = _read_json(folder / _CONFIG, _MAX_CONFIG_BYTES)
         spec = ModelSpec.from_config(config)
         generation_config: dict[str, Any] = {}

@@ -226,7 +226,8 @@ class EngineCard:
         """Return the command line that builds the bundle again, for other GPUs or another flavour if given."""
         words = list(self.command)
         if flavour is not None and flavour != self.flavour:
-            words = [flavour if word == self.flavour else word for word in words]
+            pairs = zip(["", *words], words, strict=False)
+            words = [flavour if before == "--target" else word for before, word in pairs]
         chosen = compute_capabilities or self.compute_capabilities
         if (flavour or self.flavour) == "tensorrt-rtx":
             words += ["--compute-capability", *chosen]

@@ -34,7 +34,7 @@ from qwen_rt.export.portable import QuantizedLocation, WeightLocation, checkpoin
 from qwen_rt.export.quantize.check import check_weights
 from qwen_rt.export.quantize.prepare import Prepared, pieces_of, prepare, quantized_locations
 from qwen_rt.export.settings import BuildOptions, QuantizeOptions, Settings, settle
-from qwen_rt.export.source import Source, open_source
+from qwen_rt.export.source import Source, open_source, refuse_overlap
 from qwen_rt.export.tensorrt.job import EngineJob
 from qwen_rt.export.weights import (
     Piece,
@@ -79,7 +79,7 @@ def build(source: str | Path, out: str | Path, options: BuildOptions | None = No
     options = options or BuildOptions()
     opened = open_source(source)
     settings = settle(opened.checkpoint, options)
-    _refuse_overlap(opened, options.quantize, Path(out))
+    refuse_overlap(opened, Path(out), options.quantize.files(), options.quantize.write_overrides)
     with StagedDirectory(Path(out), overwrite=options.overwrite) as stage:
         try:
             manifest = _Job(opened, settings, stage.path).run()
@@ -93,30 +93,6 @@ def build(source: str | Path, out: str | Path, options: BuildOptions | None = No
                 raise refused from error
             raise
     return manifest
-
-
-def _refuse_overlap(source: Source, quantize: QuantizeOptions, out: Path) -> None:
-    """Refuse to replace what the build reads, what the bundle would refer to, or what is written beside it."""
-    target = out.resolve()
-    referred = [source.checkpoint.path, *(header.path for header in source.checkpoint.headers)]
-    written = [] if quantize.write_overrides is None else [quantize.write_overrides]
-    for what, paths in (("read", [*referred, *quantize.files()]), ("written", written)):
-        inside = next(
-            (path for path in paths if path.absolute().is_relative_to(target) or _lies_in(path, target)), None
-        )
-        if inside is not None:
-            raise StorageError(
-                f"{out} holds {inside}, which is {what}", "a folder of its own", "choose another --output"
-            )
-    for path in referred:
-        try:
-            str(path).encode("utf-8")
-        except UnicodeEncodeError:
-            raise StorageError(f"{path} is not UTF-8", "a name that a manifest can hold", "rename it") from None
-
-
-def _lies_in(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder)
 
 
 class _Job:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +11,9 @@ import onnx_ir as ir
 
 from qwen_rt.bundle import MANIFEST_FILE, Bundle
 from qwen_rt.checkpoint import NANO, Checkpoint
-from qwen_rt.errors import BundleError
+from qwen_rt.errors import BundleError, StorageError
 
-__all__ = ["Source", "open_source"]
+__all__ = ["Source", "open_source", "refuse_overlap"]
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,30 @@ def open_source(path: str | Path) -> Source:
         )
     shards = [Path(shard.path) for _, shard in sorted(link.shards.items())] or sorted(bundle.weight_files.values())
     return Source(Checkpoint.open(bundle.path, shards), link.path, link.fingerprint, bundle.graph_file)
+
+
+def refuse_overlap(source: Source, out: Path, files: Iterable[Path] = (), written: Path | None = None) -> None:
+    """Refuse to replace what a build reads, what it would refer to, or what it writes beside the folder.
+
+    Args:
+        source: What is built from.
+        out: Folder to make.
+        files: What else is read, such as a text for calibration.
+        written: A file that the build writes.
+
+    Raises:
+        StorageError: One of them lies in `out`, or what is referred to has a name that no manifest can hold.
+    """
+    target = out.resolve()
+    referred = [source.checkpoint.path, *(header.path for header in source.checkpoint.headers)]
+    for what, paths in (("read", [*referred, *files]), ("written", [] if written is None else [written])):
+        for path in paths:
+            if path.absolute().is_relative_to(target) or path.resolve().is_relative_to(target):
+                raise StorageError(
+                    f"{out} holds {path}, which is {what}", "a folder of its own", "choose another --output"
+                )
+    for path in referred:
+        try:
+            str(path).encode("utf-8")
+        except UnicodeEncodeError:
+            raise StorageError(f"{path} is not UTF-8", "a name that a manifest can hold", "rename it") from None

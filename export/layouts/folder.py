@@ -21,7 +21,7 @@ from qwen_rt.export.layouts.genai_config import genai_config
 from qwen_rt.export.layouts.graph import lower_layout
 from qwen_rt.export.lower import graph_bytes
 from qwen_rt.export.portable import WeightLocation, checkpoint_locations, portable_graph
-from qwen_rt.export.source import Source, open_source
+from qwen_rt.export.source import Source, open_source, refuse_overlap
 from qwen_rt.export.weights import copy_file
 from qwen_rt.progress import progress
 from qwen_rt.storage import StagedDirectory, atomic_write_bytes
@@ -94,7 +94,7 @@ def export_layout(
     """
     opened = open_source(source)
     length = _check(opened, layout, max_length)
-    _refuse_overlap(opened, Path(out))
+    refuse_overlap(opened, Path(out))
     with StagedDirectory(Path(out), overwrite=overwrite, marker=LAYOUT_FILE) as stage:
         try:
             for child in stage.path.iterdir():  # of an export that was killed: cheap to make anew
@@ -140,15 +140,6 @@ def _check(source: Source, layout: str, max_length: int | None) -> int:
             f"max-length={length}", f"1 to {limit}, the model's context length", "choose a smaller --max-length"
         )
     return length
-
-
-def _refuse_overlap(source: Source, out: Path) -> None:
-    """Refuse to replace what is read."""
-    target = out.resolve()
-    read = [source.checkpoint.path, *(header.path for header in source.checkpoint.headers)]
-    for path in read:
-        if path.absolute().is_relative_to(target) or path.resolve().is_relative_to(target):
-            raise StorageError(f"{out} holds {path}, which is read", "a folder of its own", "choose another --output")
 
 
 def _write(source: Source, stage: Path, layout: str, length: int, self_contained: bool, quiet: bool) -> LayoutReport:

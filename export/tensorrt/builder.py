@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_rt.engine_card import EngineProfile
-from qwen_rt.errors import GraphError, StorageError, UsageError
+from qwen_rt.errors import GraphError, StorageError
 from qwen_rt.export.tensorrt.flavour import Flavour
 from qwen_rt.export.tensorrt.histogram import engine_layers
 from qwen_rt.export.tensorrt.messages import reason_of
@@ -21,8 +20,8 @@ from qwen_rt.progress import Progress
 
 __all__ = ["BuildPlan", "compile_engine"]
 
+_NO_MEMORY = "OutOfMemory"  # as the library calls it, of the GPUs or of this machine
 _WAIT_S = 0.01
-_NO_MEMORY = re.compile(r"OutOfMemory\D*(\d+) bytes")  # the library sizes its scratch by the largest profile
 
 
 @dataclass(frozen=True)
@@ -110,11 +109,10 @@ def compile_engine(
         raise run.error
     if not run.done:
         reason = reason_of(network.log.errors, network.layer_names())
-        if asked := _NO_MEMORY.search(reason):
-            raise UsageError(
-                f"{flavour.title} asks for {int(asked[1]) / 1e9:.1f} GB to build this engine, which there are not",
-                "a smaller one",
-                "choose a smaller --max-batch, --prefill-tokens or --max-length",
+        if _NO_MEMORY in reason:
+            raise GraphError(
+                f"{flavour.title} has not the memory to build the engine: {reason}",
+                fix="choose a smaller --max-batch, --prefill-tokens or --max-length",
             )
         raise GraphError(
             f"{flavour.title} does not build {reason or 'the engine, and does not say why'}",

@@ -234,6 +234,7 @@ class EngineJob:
             "--prefill-tokens": options.prefill_tokens,
             "--tp": options.tensor_parallel if options.tensor_parallel > 1 else None,
             "--optimization-level": options.optimization_level,
+            "--no-gate": True if settings.is_quantized and not settings.gate else None,
         }
         words = ["qwen-rt", "build", source.origin, "--target", settings.target]
         for flag, value in (given | _quantize_flags(settings.quantize)).items():
@@ -248,10 +249,15 @@ def _quantize_flags(options: QuantizeOptions) -> dict[str, object]:
         "--asymmetric": None if options.symmetric else True,
         "--lm-head": options.lm_head,
         "--embedding": options.embedding,
-        "--overrides": options.overrides,
+        "--overrides": _absolute(options.overrides),
         "--size-budget": options.size_budget,
-        "--calibrate": options.calibrate,
+        "--calibrate": _absolute(options.calibrate),
     }
+
+
+def _absolute(file: Path | None) -> Path | None:
+    """A name that holds in every working folder, as the command on a card has to."""
+    return None if file is None else file.absolute()
 
 
 def _present_capability() -> str | None:

@@ -15,6 +15,7 @@ __all__ = ["DEFAULT_MAX_BATCH", "DEFAULT_PREFILL_TOKENS", "EngineOptions", "prof
 DEFAULT_MAX_BATCH = 8
 DEFAULT_PREFILL_TOKENS = 1024
 _ALIGNMENT = 256  # bytes; what TensorRT wants of the address of every row of the cache
+_MAX_DIM = 2**31 - 1
 _LEAST_BATCH = 2
 """For one row alone TensorRT-RTX 1.7 writes fp8 and int8 matrices out as floats in every step."""
 
@@ -58,8 +59,13 @@ def settle_engine(
             "--target tensorrt",
             "leave --timing-cache out",
         )
-    if options.max_batch < 1:
-        raise UsageError(f"max-batch={options.max_batch}", "1 or more")
+    most = max(1, _MAX_DIM // max_length)
+    if not 1 <= options.max_batch <= most:
+        raise UsageError(
+            f"max-batch={options.max_batch}",
+            f"1 to {most}, as rows of {max_length} tokens are counted in 31 bits",
+            "choose another --max-batch",
+        )
     tokens = options.prefill_tokens
     if tokens is None:
         tokens = min(DEFAULT_PREFILL_TOKENS, max_length)

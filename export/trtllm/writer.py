@@ -30,7 +30,7 @@ from qwen_rt.export.quantize.plan import base_scheme, layer_matrices
 from qwen_rt.export.quantize.prepare import Prepared, prepare
 from qwen_rt.export.quantize.rounding import quantize_rows
 from qwen_rt.export.settings import FROM_CHECKPOINT, QuantizeOptions
-from qwen_rt.export.source import Source, open_source
+from qwen_rt.export.source import Source, open_source, refuse_overlap
 from qwen_rt.export.tensor_parallel import Part, Span, check_tp
 from qwen_rt.export.trtllm import config, encoding, smoothquant
 from qwen_rt.export.trtllm.layout import Target, layout
@@ -119,11 +119,12 @@ def convert(source: str | Path, out: str | Path, options: TrtllmOptions | None =
         UsageError: Options that do not fit the model, each other, or TensorRT-LLM.
         CheckpointError, UnsupportedModelError: The checkpoint cannot be read or expressed.
         BundleError: A bundle, or a portable graph that is damaged.
-        StorageError: The folder cannot be written; nothing of it stays.
+        StorageError: The folder cannot be written, or holds what is read; nothing of it stays.
     """
     options, out = options or TrtllmOptions(), Path(out)
     opened = open_source(source)
     plan = _settle(opened.checkpoint, options)
+    refuse_overlap(opened, out, options.quantize.files())
     with StagedDirectory(out, overwrite=options.overwrite, marker=MARKER_FILE) as stage:
         try:
             for child in stage.path.iterdir():  # of a killed run: one pass cannot go on in its middle

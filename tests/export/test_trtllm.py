@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -312,9 +313,34 @@ def test_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "tp=16; expected one of 1, 2, 4, 8" in capsys.readouterr().err
 
 
+def test_what_was_written_is_no_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Building from it, or looking at it, says what it is."""
+    from qwen_rt.cli import main
+
+    out = tmp_path / "out"
+    write("nano", out)
+    for words in (["inspect", str(out)], ["build", str(out), "-o", str(tmp_path / "again")]):
+        assert main(words) == 1
+        assert f"{out} is a checkpoint for TensorRT-LLM" in capsys.readouterr().err
+
+
 def test_from_a_portable_graph(nano_portable: Path, tmp_path: Path) -> None:
     """What `qwen-rt export` wrote is a source too; the files are those of its checkpoint."""
     write(nano_portable, tmp_path / "graph")
     write("nano", tmp_path / "nano")
     for name in ("config.json", "qwen-rt.json", "rank0.safetensors"):
         assert (tmp_path / "graph" / name).read_bytes() == (tmp_path / "nano" / name).read_bytes()
+
+
+def test_what_is_read_is_not_replaced(source: Path, tmp_path: Path) -> None:
+    """--force on a folder that holds the checkpoint, or the text of the calibration: all of it stays."""
+    out = tmp_path / "out"
+    write(source, out)
+    shutil.copytree(source, out / "source")
+    (out / "text.txt").write_text("7 + 8 = 15")
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    text = QuantizeOptions(calibrate=out / "text.txt")
+    for read, options in ((out / "source", {}), (source, {"precision": "int8", "quantize": text})):
+        with pytest.raises(StorageError, match=r"which is read; expected a folder of its own"):
+            write(read, out, overwrite=True, **options)
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before

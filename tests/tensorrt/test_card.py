@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shlex
@@ -119,6 +120,13 @@ def test_another_machine(found: tuple[str, str, str], words: str, options: list[
     text, _, command = str(caught.value).partition("; build: ")
     assert text == words
     assert shlex.split(command) == ["qwen-rt", "build", "/a folder", *options, "-o", "B", "--force"]
+
+
+def test_another_flavour_of_a_checkpoint_of_that_name() -> None:
+    """Only what stands behind --target changes."""
+    words = ("qwen-rt", "build", "tensorrt-rtx", "--target", "tensorrt-rtx")
+    text = dataclasses.replace(CARD, command=words).rebuild_command("B", flavour="tensorrt")
+    assert text == "qwen-rt build tensorrt-rtx --target tensorrt -o B --force"
 
 
 # ---------------------------------------------------------------- the bundle

@@ -89,6 +89,16 @@ def test_rows_and_tokens(nano_portable: Path, tmp_path: Path) -> None:
     assert "--max-batch 1 --prefill-tokens 32 --optimization-level 0" in card.rebuild_command()
 
 
+def test_the_command_on_a_card(nano_portable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It builds the same from every working folder: names of files are absolute, and the gate stays off."""
+    monkeypatch.chdir(tmp_path)
+    Path("keep.toml").write_text('"model.layers.0.mlp.down_proj" = "bf16"\n')
+    given = QuantizeOptions(overrides=Path("keep.toml"))
+    words = engine_build(nano_portable, tmp_path / "out", "int8", quantize=given).command
+    assert words[words.index("--overrides") + 1] == str(tmp_path / "keep.toml")
+    assert "--no-gate" in words
+
+
 @pytest.fixture(scope="module")
 def layer_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One layer of 7B's width: 0.48 GB of random numbers."""
