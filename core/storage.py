@@ -275,7 +275,7 @@ class StagedDirectory:
         if self._marker is not None and not (final / self._marker).is_file():
             raise StorageError(
                 f"{final} holds no {self._marker}, so --force does not replace it",
-                "a folder written by qwen-rt",
+                "a folder that qwen-rt wrote, of the same kind",
                 "remove it yourself, or choose another path",
             )
 

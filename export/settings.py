@@ -144,7 +144,9 @@ def settle(checkpoint: Checkpoint, options: BuildOptions) -> Settings:
     max_length = limit if options.max_length is None else options.max_length
     if not 1 <= max_length <= limit:
         raise UsageError(
-            f"max-length={max_length}", f"1 to {limit}, the model's context length", "choose a smaller --max-length"
+            f"max-length={max_length}",
+            f"1 to {limit}, the model's context length",
+            f"choose a {'smaller' if max_length > limit else 'larger'} --max-length",
         )
     if options.num_workers < 0:
         raise UsageError(f"workers={options.num_workers}", "0 (one a core) or more")

@@ -38,7 +38,17 @@ def refuse_trtllm_arguments(args: argparse.Namespace) -> None:
 
 
 def run_trtllm(args: argparse.Namespace, quantize: QuantizeOptions) -> int:
-    """Write the checkpoint; print what was written and the command that makes an engine of it."""
+    """Write the checkpoint; print what was written and the command that makes an engine of it.
+
+    Raises:
+        UsageError: An option that says nothing to this target.
+    """
+    for flag, is_given, why in (
+        ("--self-contained", args.self_contained, "a target that refers to weights: this one always copies them"),
+        ("--no-gate", args.no_gate, "a target that has a gate: nothing is checked here"),
+    ):
+        if is_given:
+            raise UsageError(f"{flag} with target trtllm", why, f"leave {flag} out")
     from qwen_rt.export.trtllm import TrtllmOptions, convert
 
     tp = 1 if args.tp is None else args.tp

@@ -137,7 +137,9 @@ def _check(source: Source, layout: str, max_length: int | None) -> int:
     length = limit if max_length is None else max_length
     if not 1 <= length <= limit:
         raise UsageError(
-            f"max-length={length}", f"1 to {limit}, the model's context length", "choose a smaller --max-length"
+            f"max-length={length}",
+            f"1 to {limit}, the model's context length",
+            f"choose a {'smaller' if length > limit else 'larger'} --max-length",
         )
     return length
 

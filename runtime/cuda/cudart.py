@@ -191,7 +191,9 @@ class Cudart:
         driver, runtime = self.driver_version, self.runtime_version
         if driver == 0:
             raise MissingDependencyError(
-                "no NVIDIA driver is loaded", "one for CUDA " + _version(runtime), "install it, or use --target cpu"
+                "no NVIDIA driver is loaded",
+                "one for CUDA " + _version(runtime),
+                "install it, or build with --target cpu",
             )
         if driver // 1000 < runtime // 1000:
             raise MissingDependencyError(

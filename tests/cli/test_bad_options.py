@@ -142,9 +142,7 @@ def test_output_paths_in_the_way(graph: Path, workplace: Path, cli: Cli) -> None
     )
     cli("build", graph, "-o", "file", "--force").refused(1, "is a file", "expected", "choose another path")
     cli("build", graph, "-o", "full").refused(1, "exists and is not empty", "expected a new or empty folder", "--force")
-    cli("build", graph, "-o", "full", "--force").refused(
-        1, "holds no manifest.json", "expected a folder written by qwen"
-    )
+    cli("build", graph, "-o", "full", "--force").refused(1, "holds no manifest.json", "expected a folder that qwen")
     cli("build", graph, "-o", "no/parent").refused(
         1, "no is not a folder", "expected an existing folder", "run mkdir -p"
     )

@@ -311,6 +311,10 @@ def test_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "--tp with target cpu" in capsys.readouterr().err
     assert main(["build", str(source), "-o", str(tmp_path / "x"), "--target", "trtllm", "--tp", "16"]) == 2
     assert "tp=16; expected one of 1, 2, 4, 8" in capsys.readouterr().err
+    for flag in ("--self-contained", "--no-gate"):
+        assert main(["build", str(source), "-o", str(tmp_path / "x"), "--target", "trtllm", flag]) == 2
+        assert f"{flag} with target trtllm; expected a target that" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 def test_what_was_written_is_no_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
